@@ -455,7 +455,7 @@ class LoMDM(nn.Module):
         Returns x (B, L) and revealed_at (B, L), the number of the call that filled each position,
         counted from 0, and -1 where it was given.
         """
-        if temperature < 0 or per_step < 1 or (top_k is not None and top_k < 1):
+        if not 0 <= temperature < math.inf or per_step < 1 or (top_k is not None and top_k < 1):
             raise ValueError("temperature must be >= 0, per_step >= 1 and top_k >= 1 (or None)")
         x, revealed_at = z.clone(), torch.full_like(z, -1)
         L, K = z.shape[1], self.config.block_len

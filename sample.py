@@ -1,0 +1,192 @@
+"""
+Print samples from a checkpoint of train_char.py, and when each character was revealed.
+
+    python sample.py                                     samples from out/ckpt.pt
+    python sample.py --prompt "ROMEO:" --show order      continue a text, coloured by order
+    python sample.py --infill "To be, ____ not to be"    fill the gaps, one character for each _
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lomdm import Config, LoMDM
+
+FORMAT = "lomdm char checkpoint 1"
+
+
+class UserError(Exception):
+    """Something the user can mend. Its message is all that is printed; the exit code is 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line instead of the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def run(main):
+    """Call main() as a script: one line for whatever the user can mend, and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console that lacks a character prints ? instead
+    try:
+        main()
+    except (UserError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {e}" if isinstance(e, UserError) else "interrupted")
+    except BrokenPipeError:  # python sample.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def pick_device(name):
+    """The torch device called `name`; None takes the best there is."""
+    mps = torch.backends.mps.is_available()
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is none that torch knows; try cpu or cuda") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps}
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there["cuda"] = False
+    if not there.get(device.type, False):
+        raise UserError(f"--device {name} asked for, but there is none here; try --device cpu")
+    return device
+
+
+def load_checkpoint(path, device):
+    """A checkpoint of train_char.py and its model. weights_only: loading a file never runs code."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"no checkpoint at {path}; train one: python train_char.py --out_dir {path.parent}"
+        )
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # torch.load fails in many ways on a file that is cut off or something else
+        raise UserError(f"{path} is cut off or not a checkpoint; train again") from None
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by this version of train_char.py; train again")
+    try:
+        model = LoMDM(Config(**ckpt["config"])).to(device)
+        model.load_state_dict(ckpt["model"])
+    except (ValueError, TypeError, KeyError, RuntimeError):
+        raise UserError(f"{path} does not hold the model that it says; train again") from None
+    return ckpt, model
+
+
+def encode(text, vocab):
+    """Characters to token ids, (L,) long."""
+    index = {c: i for i, c in enumerate(vocab)}
+    if unknown := sorted(set(text) - set(index)):
+        raise UserError(f"{unknown[0]!r} is not in the checkpoint's vocabulary: {''.join(vocab)!r}")
+    return torch.tensor([index[c] for c in text], dtype=torch.long)
+
+
+def template(prompt, infill, vocab, seq_len, mask_id):
+    """What is given and what is to be filled, (1, seq_len) long, and how much of it to print.
+
+    A short text is followed by [MASK]s up to seq_len, as the model has only seen windows of that
+    length. They get filled too: the gaps are drawn as if the text went on in every possible way.
+    """
+    text = prompt if infill is None else infill
+    if len(text) > seq_len:
+        raise UserError(f"the text has {len(text)} characters, the model's window {seq_len}")
+    if infill is not None and "_" not in infill:
+        raise UserError("--infill needs a gap: one _ for each character to fill in")
+    if infill is None and len(text) == seq_len:
+        raise UserError(f"the prompt fills the model's window of {seq_len}: nothing left to write")
+    gap = torch.tensor([infill is not None and c == "_" for c in text], dtype=torch.bool)
+    ids = encode(text.replace("_", vocab[0]) if infill is not None else text, vocab)
+    z = torch.full((1, seq_len), mask_id)
+    z[0, : len(text)] = torch.where(gap, mask_id, ids)
+    return z, seq_len if infill is None else len(text)
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+EARLY_TO_LATE = (196, 202, 208, 220, 154, 46, 48, 45, 33, 63)  # xterm colours, red to violet
+
+
+def legend(colour):
+    if not colour:
+        return "order: the digit below says when a character was revealed: 0 first, 9 last, . given"
+    scale = "".join(f"\033[38;5;{c}m█" for c in EARLY_TO_LATE)
+    return f"order: revealed first {scale}\033[0m last; plain: given; ↵ ends a line"
+
+
+def render(text, revealed_at, n_calls, colour):
+    """One sample with its order: colours, or a line of digits under each line of text.
+
+    revealed_at: a number for each character, -1 where it was given; n_calls: how many there were.
+    """
+    tenth = ["." if at < 0 else min(9, at * 10 // max(n_calls, 1)) for at in revealed_at]
+    out, digits = [], []
+    for c, d in zip(text, tenth, strict=True):
+        c_shown = "↵" if c == "\n" else c if c.isprintable() else "·"
+        plain = d == "." or not colour
+        out.append(c_shown if plain else f"\033[38;5;{EARLY_TO_LATE[d]}m{c_shown}\033[0m")
+        digits.append(str(d))
+        if c == "\n":
+            out.append("\n" if colour else f"\n{''.join(digits)}\n")
+            digits = []
+    return "".join(out) + ("" if colour or not digits else "\n" + "".join(digits))
+
+
+def show(texts, revealed_at, order, n_shown):
+    """Print samples; texts: strings, revealed_at (N, L) long, order: with colours or digits."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if order:
+        print(legend(colour))
+    for i, text in enumerate(texts):
+        print(f"--- sample {i + 1}")
+        at = revealed_at[i, :n_shown].tolist()
+        n_calls = int(revealed_at[i].max()) + 1
+        print(render(text[:n_shown], at, n_calls, colour) if order else text[:n_shown])
+
+
+def draw(model, z, vocab, seed, **kw):
+    """Fill z (N, L) by model.sample(z, **kw): strings and revealed_at (N, L)."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    x, revealed_at = model.eval().sample(z.to(device), generator=generator, **kw)
+    return ["".join(vocab[i] for i in row) for row in x.tolist()], revealed_at.cpu()
+
+
+def main():
+    p = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--out_dir", default="out", help="where train_char.py wrote ckpt.pt")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--prompt", default="", help="text to continue")
+    what.add_argument("--infill", help="text with gaps, each _ one character")
+    p.add_argument("--num_samples", type=int, default=3)
+    p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
+    p.add_argument("--top_k", type=int, help="draw among the k likeliest characters only")
+    p.add_argument("--per_step", type=int, default=1, help="characters a network call; 1 is exact")
+    p.add_argument("--show", choices=("text", "order"), default="text")
+    p.add_argument("--seed", type=int, default=1337)
+    p.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
+    a = p.parse_args()
+    if a.num_samples < 1:
+        raise UserError("--num_samples must be at least 1")
+    ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))
+    vocab = ckpt["vocab"]
+    z, n_shown = template(a.prompt, a.infill, vocab, model.config.seq_len, model.mask_id)
+    kw = dict(temperature=a.temperature, top_k=a.top_k, per_step=a.per_step)
+    try:
+        texts, revealed_at = draw(model, z.repeat(a.num_samples, 1), vocab, a.seed, **kw)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    show(texts, revealed_at, a.show == "order", n_shown)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,493 @@
+"""
+Train a character model on tinyshakespeare, or on any text, and watch it learn an order.
+
+    python train_char.py                                   LoMDM, at a size that fits the device
+    python train_char.py --model arm --out_dir out_arm     or mdm, or block: the same loss, other
+    orders python train_char.py --resume                          go on after Ctrl-C, as if nothing
+    had happened
+
+Settings left out follow the device (PRESETS). --help lists them all.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import urllib.request
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample
+from lomdm import Config, LoMDM
+from sample import FORMAT, Parser, UserError
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE = Path(__file__).parent / "data" / "tinyshakespeare" / "input.txt"
+PYTHON_DOCS = "python-docs"  # a text that comes with every Python, for machines without network
+
+MODELS = ("arm", "mdm", "block", "lomdm")
+
+SMALL = dict(  # nanoGPT's laptop size
+    n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=1000,
+    eval_interval=250, warmup_iters=100, dtype="float32", compile=False,
+)  # fmt: skip
+LARGE = dict(  # nanoGPT's size for tinyshakespeare on one GPU
+    n_layer=6, n_head=6, n_embd=384, seq_len=256, dropout=0.2, batch_size=64, max_iters=5000,
+    eval_interval=250, warmup_iters=100, dtype="bfloat16", compile=True,
+)  # fmt: skip
+PRESETS = {"cpu": SMALL, "mps": SMALL, "cuda": LARGE}
+
+
+def flag(default, help, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+@dataclass
+class Settings:
+    """All that a run depends on; every field is a flag. None: follows the device or other flags."""
+
+    model: str = flag("lomdm", "what to train", MODELS)
+    data: str = flag("shakespeare", "shakespeare, python-docs, or the path of a UTF-8 text file")
+    out_dir: str = flag("out", "ckpt.pt (best), last.pt (for --resume) and log.jsonl go here")
+    resume: bool = flag(False, "go on with the run in out_dir")
+    device: str | None = flag(None, "cpu, cuda or mps; by default the best there is")
+    seed: int = flag(1337, "of weights, batches and orders")
+    # model
+    seq_len: int | None = flag(None, "characters in a window")
+    n_layer: int | None = flag(None, "")
+    n_head: int | None = flag(None, "")
+    n_embd: int | None = flag(None, "")
+    dropout: float | None = flag(None, "")
+    block_len: int | None = flag(None, "block: characters in a block (16); lomdm: one block")
+    c1: float = flag(0.7, "lomdm: w = c1 + c2 (sigmoid - mean sigmoid)")
+    c2: float = flag(0.65, "lomdm: 0 keeps the order uniform")
+    weights: str = flag("normsig", "lomdm: as above, or w = exp(g - mean g)", ("normsig", "exp"))
+    # optimisation
+    batch_size: int | None = flag(None, "windows a step; lomdm draws two orders for each")
+    max_iters: int | None = flag(None, "steps")
+    learning_rate: float = flag(1e-3, "the highest; linear warm-up, then a cosine")
+    min_lr: float | None = flag(None, "the lowest, by default a tenth of the highest")
+    warmup_iters: int | None = flag(None, "")
+    lr_decay_iters: int | None = flag(None, "the cosine's end, by default max_iters")
+    weight_decay: float = flag(0.1, "")
+    beta1: float = flag(0.9, "")
+    beta2: float = flag(0.99, "")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    # running
+    eval_interval: int | None = flag(None, "steps between validations and checkpoints")
+    eval_draws: int = flag(1, "orders drawn for each validation window")
+    log_interval: int = flag(10, "steps between lines in log.jsonl")
+    dtype: str | None = flag(None, "of autocast", ("float32", "bfloat16"))
+    compile: bool | None = flag(None, "torch.compile the loss")
+    num_samples: int = flag(2, "samples printed at the end")
+
+
+MAY_CHANGE = {  # on --resume; the rest is what makes it the same run
+    "resume", "device", "out_dir", "max_iters", "learning_rate", "min_lr", "lr_decay_iters",
+    "grad_clip", "eval_interval", "eval_draws", "log_interval", "dtype", "compile", "num_samples",
+}  # fmt: skip
+
+
+def parse(argv):
+    """The flags given, {name: value}: only those, so that --resume knows what was asked for."""
+    p = Parser(
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=SUPPRESS,
+    )
+    for f in fields(Settings):
+        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+        how = dict(type=kind, choices=f.metadata["choices"])
+        if kind is bool:  # --compile, --compile=True, --compile=False
+            how = dict(type=truth, nargs="?", const=True, metavar="BOOL")
+        default = "" if f.default is None else f"[{f.default}]"
+        p.add_argument(f"--{f.name}", help=f"{f.metadata['help']} {default}".strip(), **how)
+    return vars(p.parse_args(argv))
+
+
+def truth(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def settle(s, device):
+    """Fill in what follows the device and other flags, and refuse what cannot be."""
+    for name, value in PRESETS[device.type].items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    if s.lr_decay_iters is None:
+        s.lr_decay_iters = s.max_iters
+    if s.min_lr is None:
+        s.min_lr = s.learning_rate / 10
+    if s.block_len is not None and s.model in ("arm", "mdm"):
+        raise UserError(f"--block_len is for block and lomdm; --model {s.model} fixes it")
+    if s.model == "block":
+        s.block_len = s.block_len or 16
+        if not 1 < s.block_len < s.seq_len:
+            raise UserError(
+                f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm"
+            )
+    for name in ("batch_size", "max_iters", "eval_interval", "eval_draws", "log_interval"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    for name in ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed"):
+        if not getattr(s, name) >= 0:
+            raise UserError(f"--{name} must not be negative")
+    for name in ("learning_rate", "grad_clip"):
+        if not getattr(s, name) > 0:
+            raise UserError(f"--{name} must be above 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(s, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1)")
+
+
+def model_config(s, vocab_size):
+    """The one difference between the models: arguments of the same class."""
+    special = {
+        "arm": dict(block_len=1),
+        "mdm": dict(),
+        "block": dict(block_len=s.block_len),
+        "lomdm": dict(block_len=s.block_len, learn_order=True),
+    }[s.model]
+    try:
+        return Config(
+            vocab_size, s.seq_len, s.n_layer, s.n_head, s.n_embd, s.dropout,
+            c1=s.c1, c2=s.c2, weights=s.weights, **special,
+        )  # fmt: skip
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+# ---- data
+# ------------------------------------------------------------------------------------------
+
+
+def write_file(path, write):
+    """Call write(temporary path), then rename: path is the old file or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {e}") from None
+
+
+def shakespeare():
+    """The bytes of tinyshakespeare, downloaded once; None without network."""
+    if not SHAKESPEARE.exists():
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
+                raw = response.read()
+        except OSError as e:  # URLError, time-outs and broken connections are all OSErrors
+            print(f"no tinyshakespeare ({e}); training on Python's own documentation instead")
+            return None
+        if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
+            raise UserError(f"the download of {SHAKESPEARE_URL} has a wrong checksum; try again")
+        write_file(SHAKESPEARE, lambda path: path.write_bytes(raw))
+    raw = SHAKESPEARE.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{SHAKESPEARE} has a wrong checksum: delete it to download it again, "
+            f"or pass --data {SHAKESPEARE} to train on it as it is"
+        )
+    return raw
+
+
+def load_text(s):
+    """The text that --data names. Sets s.data to what was taken in the end."""
+    if s.data == "shakespeare":
+        raw = shakespeare()
+        if raw is not None:
+            return raw.decode()
+        s.data = PYTHON_DOCS
+    if s.data == PYTHON_DOCS:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        text = Path(s.data).read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise UserError(f"--data {s.data}: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"--data {s.data} is not UTF-8 text: see byte {e.start}") from None
+    if not text:
+        raise UserError(f"--data {s.data} is empty")
+    return text
+
+
+def encode(text, s):
+    """vocab, a list of characters; train and val, (N,) long: the first 90% and the rest."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    vocab, ids = np.unique(codes, return_inverse=True)
+    ids = torch.from_numpy(ids.astype(np.int64))
+    n = int(0.9 * len(ids))
+    if min(n, len(ids) - n) < s.seq_len:
+        raise UserError(
+            f"--data {s.data} has {len(ids)} characters; a window of {s.seq_len} needs "
+            f"at least {10 * s.seq_len}: take a longer text or a smaller --seq_len"
+        )
+    return [chr(c) for c in vocab], ids[:n], ids[n:]
+
+
+# ---- evaluation
+# ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, val, s, device):
+    """Mean and standard error, nats per character, over all of val in consecutive windows.
+
+    Every call draws the same orders, so one checkpoint has one number. The last window is what is
+    left over. The standard error is that of a ratio, sum of nats over sum of characters: it
+    covers the choice of windows and of orders, not that of the training seed.
+    """
+    model.eval()
+    generator = torch.Generator(device).manual_seed(1)
+    L = s.seq_len
+    n = len(val) // L
+    batches = list(val[: n * L].view(n, L).split(max(1, 2**14 // L)))  # 16k characters a pass
+    if n * L < len(val):
+        batches.append(val[None, n * L :])
+    nats, length = [], []
+    for x in batches:
+        with autocast(s, device):
+            nats.append(model.nelbo(x.to(device), s.eval_draws, generator=generator).double().cpu())
+        length.append(torch.full((len(x),), x.shape[1], dtype=torch.float64))
+    nats, length = torch.cat(nats), torch.cat(length)  # (windows,) each
+    mean = nats.sum() / length.sum()
+    residual = nats - mean * length
+    error = residual.square().sum().sqrt() * math.sqrt(len(nats) / max(1, len(nats) - 1))
+    model.train()
+    return mean.item(), (error / length.sum()).item()
+
+
+def autocast(s, device):
+    on = s.dtype == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if on else contextlib.nullcontext()
+
+
+# ---- training
+# --------------------------------------------------------------------------------------
+
+
+def learning_rate(step, s):
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / s.warmup_iters
+    done = (step - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters)
+    return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+class Run:
+    """One training run: what is in a checkpoint, and how it goes on."""
+
+    def __init__(self, s, device):
+        self.s, self.device = s, device
+        self.out = Path(s.out_dir)
+        text = load_text(s)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.vocab, self.train, self.val = encode(text, s)
+        torch.manual_seed(s.seed)
+        self.model = LoMDM(model_config(s, len(self.vocab))).to(device)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [
+            dict(params=matrices, weight_decay=s.weight_decay),
+            dict(params=vectors, weight_decay=0.0),
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, s.learning_rate, betas=(s.beta1, s.beta2), fused=device.type != "mps"
+        )
+        self.windows = torch.Generator().manual_seed(s.seed)  # which windows make up the batches
+        self.step, self.best, self.seconds = 0, math.inf, 0.0
+
+    def batch(self):
+        """Random windows of the training text: (batch_size, seq_len)."""
+        start = torch.randint(
+            len(self.train) - self.s.seq_len + 1, (self.s.batch_size, 1), generator=self.windows
+        )
+        x = self.train[start + torch.arange(self.s.seq_len)]
+        if self.device.type == "cuda":
+            return x.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
+    def state(self):
+        rng = {"cpu": torch.get_rng_state(), "windows": self.windows.get_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return dict(
+            format=FORMAT, model_name=self.s.model, config=asdict(self.model.config),
+            vocab=self.vocab, settings=asdict(self.s), data=self.s.data, data_sha256=self.sha256,
+            step=self.step, best=self.best, seconds=self.seconds, rng=rng,
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+        )  # fmt: skip
+
+    def restore(self, ckpt):
+        if ckpt["data_sha256"] != self.sha256:
+            raise UserError(f"--data {self.s.data} is not the text that this run began with")
+        self.model.load_state_dict(ckpt["model"])
+        self.optimizer.load_state_dict(ckpt["optimizer"])
+        self.step, self.best, self.seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
+        torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
+        self.windows.set_state(ckpt["rng"]["windows"].cpu())
+        if self.device.type == "cuda" and "cuda" in ckpt["rng"]:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), self.device)
+
+    def save(self, name):
+        write_file(self.out / name, lambda path: torch.save(self.state(), path))
+
+    def log(self, **values):
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(dict(step=self.step, **values)) + "\n")
+
+    def validate(self):
+        """Print and log the validation figure, and save what it calls for."""
+        val, error = evaluate(self.model, self.val, self.s, self.device)
+        kind = "exact" if self.s.model == "arm" else "bound"
+        tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
+        self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
+        if val < self.best:
+            self.best = val
+            self.save("ckpt.pt")
+        self.save("last.pt")
+
+    def go(self):
+        """Train up to max_iters; Ctrl-C stops between two steps, with everything saved."""
+        s, stop = self.s, []
+        old = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(1))
+        loss_of = torch.compile(self.model.loss, dynamic=False) if s.compile else self.model.loss
+        bar = tqdm(total=s.max_iters, initial=self.step, unit="step", dynamic_ncols=True)
+        pending, began = [], time.perf_counter()  # the losses since the last log line
+        self.model.train()
+        while self.step < s.max_iters:
+            lr = learning_rate(self.step, s)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            with autocast(s, self.device):
+                loss, metrics = loss_of(self.batch())
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            # kept on the device: reading a number makes the CPU wait for the GPU
+            pending.append(torch.stack((norm.detach(), *metrics.values())))
+            self.step += 1
+            bar.update()
+
+            due = self.step % s.eval_interval == 0 or self.step == s.max_iters
+            if due or stop or self.step % s.log_interval == 0:
+                numbers = torch.stack(pending).double().cpu()  # (steps, 1 + metrics)
+                if not numbers.isfinite().all():
+                    first = int((~numbers.isfinite()).any(1).nonzero()[0])
+                    raise UserError(self.nan_message(self.step - len(numbers) + 1 + first))
+                took = time.perf_counter() - began
+                self.seconds += took
+                speed = len(pending) * s.batch_size * s.seq_len / took
+                mean = dict(zip(("grad_norm", *metrics), numbers.mean(0).tolist(), strict=True))
+                bar.set_postfix_str(f"loss {mean['nelbo']:.4f}, {speed:,.0f} tok/s")
+                self.log(**mean, lr=lr, tokens_per_second=speed, seconds=self.seconds)
+                pending = []
+            if due:
+                self.validate()
+            if stop:
+                self.save("last.pt")
+                bar.close()
+                raise UserError(
+                    f"stopped at step {self.step}, all saved; go on with: "
+                    f"python train_char.py --resume --out_dir {s.out_dir}"
+                )
+            if not pending:
+                began = time.perf_counter()
+        bar.close()
+        signal.signal(signal.SIGINT, old)
+
+    def nan_message(self, step):
+        last = self.out / "last.pt"
+        advice = "lower --learning_rate or --grad_clip"
+        if not last.exists():
+            return f"the loss or its gradient is not finite at step {step}, no checkpoint: {advice}"
+        good = torch.load(last, map_location="cpu", weights_only=True)["step"]
+        return (
+            f"the loss or its gradient is not finite at step {step}; the last good checkpoint is "
+            f"{last} (step {good}): {advice} and --resume"
+        )
+
+
+def begin(given):
+    """A new run. Files of an earlier one in out_dir are moved aside, not lost."""
+    s = Settings(**given)
+    device = sample.pick_device(s.device)
+    settle(s, device)
+    run = Run(s, device)
+    if run.out.is_dir() and any((run.out / name).exists() for name in ("ckpt.pt", "last.pt")):
+        n = next(n for n in range(1, 10**6) if not Path(f"{run.out}.{n}").exists())
+        os.rename(run.out, f"{run.out}.{n}")
+        print(f"{run.out} held an earlier run; it is now {run.out}.{n}")
+    header = dict(settings=asdict(s), data=s.data, data_sha256=run.sha256, torch=torch.__version__)
+    write_file(run.out / "log.jsonl", lambda path: path.write_text(json.dumps(header) + "\n"))
+    return run
+
+
+def resume(given):
+    """The run in out_dir, as it was at its last checkpoint."""
+    path = Path(given.get("out_dir", Settings.out_dir)) / "last.pt"
+    device = sample.pick_device(given.get("device"))
+    ckpt, _ = sample.load_checkpoint(path, device)
+    saved = ckpt["settings"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != saved[name]:
+            raise UserError(
+                f"--{name} {value} is not what the run in {path.parent} has ({saved[name]}); "
+                "leave it out, or start a new run without --resume"
+            )
+    s = Settings(**(saved | given))
+    s.data = ckpt["data"]
+    settle(s, device)
+    run = Run(s, device)
+    run.restore(ckpt)
+    log = run.out / "log.jsonl"  # without what came after the checkpoint: it will come again
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    lines = [line for line in lines if json.loads(line).get("step", 0) <= run.step]
+    write_file(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+    return run
+
+
+def main(argv=None):
+    given = parse(argv)
+    run = resume(given) if given.get("resume") else begin(given)
+    s, model = run.s, run.model
+    n = sum(p.numel() for p in model.parameters())
+    print(
+        f"{s.model} on {s.data}: {n / 1e6:.2f}M parameters, {len(run.train):,} + {len(run.val):,} "
+        f"characters, {len(run.vocab)} different, {run.device}, {s.dtype}"
+    )
+    run.go()
+    best, model = sample.load_checkpoint(run.out / "ckpt.pt", run.device)
+    print(
+        f"{run.step} steps in {run.seconds:.0f} s; best val {best['best']:.4f} nats/char at step "
+        f"{best['step']}, in {run.out / 'ckpt.pt'}"
+    )
+    if s.num_samples:
+        z = torch.full((s.num_samples, s.seq_len), model.mask_id)
+        texts, revealed_at = sample.draw(model, z, run.vocab, s.seed)
+        sample.show(texts, revealed_at, True, s.seq_len)
+
+
+if __name__ == "__main__":
+    sample.run(main)
