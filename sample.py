@@ -157,7 +157,7 @@ def draw(model, z, vocab, seed, **kw):
     return ["".join(vocab[i] for i in row) for row in x.tolist()], revealed_at.cpu()
 
 
-def main():
+def main(argv=None):
     p = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -174,7 +174,7 @@ def main():
     p.add_argument("--show", choices=("text", "order"), default="text")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
-    a = p.parse_args()
+    a = p.parse_args(argv)
     if a.num_samples < 1:
         raise UserError("--num_samples must be at least 1")
     ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))

@@ -141,15 +141,15 @@ def settle(s, device):
             raise UserError(
                 f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm"
             )
+    for name in ("learning_rate", "grad_clip"):
+        if not getattr(s, name) > 0:
+            raise UserError(f"--{name} must be above 0")
     for name in ("batch_size", "max_iters", "eval_interval", "eval_draws", "log_interval"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     for name in ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed"):
         if not getattr(s, name) >= 0:
             raise UserError(f"--{name} must not be negative")
-    for name in ("learning_rate", "grad_clip"):
-        if not getattr(s, name) > 0:
-            raise UserError(f"--{name} must be above 0")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(s, name) < 1:
             raise UserError(f"--{name} must be in [0, 1)")
@@ -359,6 +359,8 @@ class Run:
     def validate(self):
         """Print and log the validation figure, and save what it calls for."""
         val, error = evaluate(self.model, self.val, self.s, self.device)
+        if not math.isfinite(val):
+            raise UserError(self.nan_message(self.step))
         kind = "exact" if self.s.model == "arm" else "bound"
         tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
         self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)

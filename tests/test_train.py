@@ -1,0 +1,374 @@
+"""train_char.py and sample.py as their users meet them: runs, resumption, files and mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train_char
+from sample import UserError
+
+ROOT = Path(__file__).parents[1]
+TINY = "--n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_size 4 --device cpu --num_samples 0"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder with a text of 3,000 characters in it."""
+    monkeypatch.chdir(tmp_path)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog.\n", "Yes:", "no"]
+    text = " ".join(random.Random(0).choices(words, k=1000))[:3000]
+    Path("text.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def train(flags, base=f"--data text.txt {TINY}"):
+    train_char.main(f"{base} {flags}".split())
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equal bit by bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---- training
+# -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", train_char.MODELS)
+def test_training_learns_and_samples(work, capsys, model):
+    Path("text.txt").write_text("to be or not\n" * 400)
+    flags = "--batch_size 16 --max_iters 150 --eval_interval 50 --learning_rate 1e-2"
+    block_len = "--block_len 4" if model == "block" else ""
+    train(f"--model {model} {flags} --warmup_iters 10 {block_len}")
+    rows = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert rows[0]["settings"]["model"] == model and rows[0]["data"] == "text.txt"
+    val = [r["val"] for r in rows if "val" in r]
+    assert len(val) == 3 and val[-1] < val[0]
+    assert val[-1] < (0.3 if model == "arm" else 1.8)  # character frequencies alone give 1.951
+    assert f"({'exact' if model == 'arm' else 'bound'})" in capsys.readouterr().out
+    assert rows[1]["nelbo"] == pytest.approx(rows[1]["recon"] + rows[1]["order"], rel=1e-5)
+    sample.main(["--device", "cpu", "--num_samples", "2", "--infill", "ot\nto __ or _ot"])
+    out = capsys.readouterr().out
+    assert out.count("--- sample") == 2
+    for text in out.split("--- sample")[1:]:
+        first, second = text.split("\n")[1:3]
+        assert first == "ot" and second[:3] == "to " and second[5:9] == " or "
+
+
+@pytest.mark.parametrize("model", ["lomdm", "block"])
+def test_resume_is_exact(work, model):
+    """20 steps are 10 and 10 more: weights, optimizer and random states, bit for bit."""
+    flags = f"--model {model} --block_len 4 --dropout 0.1 --eval_interval 10 --lr_decay_iters 20"
+    train(f"{flags} --max_iters 20 --out_dir whole")
+    train(f"{flags} --max_iters 10 --out_dir halves")
+    train("--resume --max_iters 20 --out_dir halves", base="")
+    a, b = checkpoint("whole/last.pt"), checkpoint("halves/last.pt")
+    for key in ("step", "model", "optimizer", "rng", "best"):
+        assert same(a[key], b[key]), key
+    halves, whole = (
+        [json.loads(line) for line in Path(d, "log.jsonl").read_text().splitlines()[1:]]
+        for d in ("halves", "whole")
+    )
+    timing = ("seconds", "tokens_per_second")
+    for r in halves + whole:
+        [r.pop(k, None) for k in timing]
+    assert halves == whole
+    train(f"{flags} --max_iters 20 --out_dir other --seed 7")
+    assert not same(a["model"], checkpoint("other/last.pt")["model"])
+
+
+def test_ctrl_c_saves_and_resumes(work):
+    flags = f"--data text.txt {TINY} --eval_interval 100000 --max_iters 100000"
+    script = [sys.executable, str(ROOT / "train_char.py")]
+    run = subprocess.Popen([*script, *flags.split()], stderr=subprocess.PIPE, text=True)
+    log = Path("out/log.jsonl")
+    for _ in range(600):  # until it trains
+        if log.exists() and len(log.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and "Traceback" not in err
+    assert "all saved; go on with: python train_char.py --resume --out_dir out" in err
+    stopped = checkpoint("out/last.pt")["step"]
+    assert stopped >= 20
+    train(f"--resume --max_iters {stopped + 3} --eval_interval 2", base="")
+    assert checkpoint("out/last.pt")["step"] == stopped + 3
+    # and the same number of steps without a stop gives the same weights
+    train(
+        f"--max_iters {stopped + 3} --lr_decay_iters 100000 --eval_interval 100000 --out_dir whole"
+    )
+    assert same(checkpoint("out/last.pt")["model"], checkpoint("whole/last.pt")["model"])
+
+
+def test_validation_covers_the_split_and_repeats(work):
+    """The mean over all characters, the last short window included, and the same number each
+    time."""
+    train("--model arm --max_iters 3 --eval_interval 3")
+    ckpt, model = sample.load_checkpoint("out/ckpt.pt", torch.device("cpu"))
+    s = train_char.Settings(**ckpt["settings"])
+    _, _, val = train_char.encode(Path("text.txt").read_text(), s)
+    assert len(val) == 300 and len(val) % 16
+    mean, error = train_char.evaluate(model, val, s, torch.device("cpu"))
+    model.eval()
+    nats = [model.nelbo(val[None, i : i + 16]).item() for i in range(0, 300, 16)]
+    assert mean == pytest.approx(sum(nats) / 300, rel=1e-5) == ckpt["best"]
+    per_char = torch.tensor(nats[:-1]) / 16  # nearly the plain standard error of the full windows
+    assert error == pytest.approx(per_char.std().item() / len(nats) ** 0.5, rel=0.1)
+
+    train("--model lomdm --max_iters 3 --eval_interval 3")
+    ckpt, model = sample.load_checkpoint("out/ckpt.pt", torch.device("cpu"))
+    s = train_char.Settings(**ckpt["settings"])
+    first = train_char.evaluate(model, val, s, torch.device("cpu"))
+    torch.rand(10)
+    assert train_char.evaluate(model, val, s, torch.device("cpu")) == first
+    assert first[0] == ckpt["best"]
+
+
+def test_an_earlier_run_is_kept(work):
+    train("--max_iters 2 --seed 1")
+    before = checkpoint("out/last.pt")
+    train("--max_iters 2 --seed 2")
+    assert same(before, checkpoint("out.1/last.pt")) and (work / "out.1/log.jsonl").exists()
+    assert not same(before["model"], checkpoint("out/last.pt")["model"])
+
+
+def test_learning_rate():
+    s = train_char.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    at = [train_char.learning_rate(i, s) for i in (0, 9, 10, 60, 110, 200)]
+    assert at == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_shakespeare(work, monkeypatch, capsys):
+    """A file that is there is checked; a download too; without network Python's own text is
+    taken."""
+    there = work / "data" / "input.txt"
+    monkeypatch.setattr(train_char, "SHAKESPEARE", there)
+
+    def no_network(*a, **kw):
+        raise OSError("no network")
+
+    monkeypatch.setattr(train_char.urllib.request, "urlopen", no_network)
+    train("--max_iters 1", base=TINY)
+    assert "no tinyshakespeare (no network)" in capsys.readouterr().out
+    assert checkpoint("out/last.pt")["data"] == "python-docs"
+    assert json.loads(Path("out/log.jsonl").read_text().splitlines()[0])["data"] == "python-docs"
+    assert not there.parent.exists()
+    train("--resume --max_iters 2", base="")  # with the text it began with
+
+    class Response:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *a):
+            pass
+
+        def read(self):
+            return b"First Citizen"
+
+    monkeypatch.setattr(train_char.urllib.request, "urlopen", lambda *a, **kw: Response())
+    with pytest.raises(UserError, match="wrong checksum; try again"):
+        train("--max_iters 1", base=TINY)
+    assert not there.exists()
+    digest = train_char.hashlib.sha256(b"First Citizen").hexdigest()
+    monkeypatch.setattr(train_char, "SHAKESPEARE_SHA256", digest)
+    with pytest.raises(UserError, match="has 13 characters"):
+        train("--max_iters 1", base=TINY)
+    assert there.read_bytes() == b"First Citizen" and os.listdir(there.parent) == ["input.txt"]
+    there.write_bytes(b"First Cit")
+    with pytest.raises(UserError, match="wrong checksum: delete it"):
+        train("--max_iters 1", base=TINY)
+
+
+# ---- mistakes
+# -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--n_head 3", "n_embd .16. must be divisible by n_head .3."),
+        ("--model block --block_len 5", "seq_len .16. must be divisible by block_len .5."),
+        ("--model block --block_len 16", "between 1, --model arm, and 16, --model mdm"),
+        ("--model arm --block_len 4", "--block_len is for block and lomdm"),
+        ("--c1 0.5 --c2 0.6", "c1 .0.5. must be above c2 .0.6."),
+        ("--max_iters 0", "--max_iters must be at least 1"),
+        ("--learning_rate nan", "--learning_rate must be above 0"),
+        ("--beta2 1", "--beta2 must be in"),
+        ("--data missing.txt", "missing.txt: No such file"),
+        ("--data .", "Is a directory"),
+        ("--data empty.txt", "is empty"),
+        ("--data short.txt", "has 30 characters; a window of 16 needs at least 160"),
+        ("--data latin1.txt", "not UTF-8 text: see byte 3"),
+        ("--device tpu9", "torch knows"),
+        ("--device cuda:99", "asked for, but there is none here"),
+        ("--out_dir text.txt", "cannot write"),
+        ("--resume", "no checkpoint at out.last.pt; train one"),
+        ("--resume --out_dir cut", "cut off or not a checkpoint"),
+        ("--resume --out_dir foreign", "not written by this version"),
+        ("--resume --out_dir good --n_layer 2", "--n_layer 2 is not what the run in good has .1."),
+        ("--resume --out_dir good --data other.txt", "--data other.txt is not what the run"),
+        ("--resume --out_dir mixed", "does not hold the model"),
+    ],
+)
+def test_bad_training_flags(work, flags, message):
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("x" * 30)
+    Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)
+    for name in ("cut", "foreign", "mixed"):
+        Path(name).mkdir()
+    if "resume" in flags:
+        train("--max_iters 1 --out_dir good")
+        good = Path("good/last.pt").read_bytes()
+        Path("cut/last.pt").write_bytes(good[: len(good) // 2])
+        torch.save({"model": {}}, "foreign/last.pt")
+        torch.save(checkpoint("good/last.pt") | {"model": {}}, "mixed/last.pt")
+    with pytest.raises(UserError, match=message) as e:
+        train(flags, base="" if "resume" in flags else f"--data text.txt {TINY}")
+    assert "\n" not in str(e.value)
+    if "resume" in flags:
+        assert Path("good/last.pt").read_bytes() == good
+
+
+def test_resume_with_another_text(work):
+    train("--max_iters 1")
+    Path("text.txt").write_text("something else " * 100)
+    with pytest.raises(UserError, match="not the text that this run began with"):
+        train("--resume --max_iters 2", base="")
+
+
+@pytest.mark.parametrize(
+    "argv", ["--learning_rat 1", "--model gpt", "--max_iters ten", "--compile=2"]
+)
+def test_unknown_flags(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        train_char.main(argv.split())
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_nan_names_the_step_and_the_last_good_checkpoint(work, monkeypatch):
+    loss = train_char.LoMDM.loss
+
+    def spoilt(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        value, metrics = loss(self, x)
+        bad = torch.nan if self.calls == 7 else 1.0
+        return value * bad, {k: v * bad for k, v in metrics.items()}
+
+    monkeypatch.setattr(train_char.LoMDM, "loss", spoilt)
+    with pytest.raises(UserError, match=r"not finite at step 7; .*out.last.pt \(step 5\)"):
+        train("--max_iters 20 --eval_interval 5")
+    assert checkpoint("out/last.pt")["step"] == 5
+    with pytest.raises(UserError, match=r"not finite at step 7, no checkpoint"):
+        train("--max_iters 20 --eval_interval 10 --out_dir out2")
+    assert not Path("out2/last.pt").exists()
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(work, monkeypatch):
+    train("--max_iters 2 --eval_interval 2")
+    before = Path("out/last.pt").read_bytes()
+
+    def full(obj, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="cannot write out.* no space left"):
+        train("--resume --max_iters 4", base="")
+    assert Path("out/last.pt").read_bytes() == before
+    assert not list(work.glob("out/*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the checkpoint of a small LoMDM in out/."""
+    where = tmp_path_factory.mktemp("trained")
+    old = os.getcwd()
+    os.chdir(where)
+    Path("text.txt").write_text("to be, or not to be\n" * 100)
+    train("--max_iters 1")
+    os.chdir(old)
+    return where
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--out_dir", "nowhere"], "no checkpoint at nowhere.ckpt.pt; train one"),
+        (["--prompt", "to Be"], "'B' is not in the checkpoint's vocabulary"),
+        (["--prompt", "to be, or not to "], "17 characters, the model's window 16"),
+        (["--prompt", "to be, or not to"], "nothing left to write"),
+        (["--infill", "to be"], "needs a gap"),
+        (["--infill", "to be, or not to _"], "18 characters"),
+        (["--temperature", "-1"], "temperature must be >= 0"),
+        (["--temperature", "nan"], "temperature must be >= 0"),
+        (["--per_step", "0"], "per_step >= 1"),
+        (["--top_k", "0"], "top_k >= 1"),
+        (["--num_samples", "0"], "--num_samples must be at least 1"),
+        (["--device", "cuda:99"], "none here"),
+    ],
+)
+def test_bad_sampling_flags(trained, monkeypatch, flags, message):
+    monkeypatch.chdir(trained)
+    with pytest.raises(UserError, match=message) as e:
+        sample.main(["--device", "cpu", *flags])
+    assert "\n" not in str(e.value)
+
+
+def test_scripts_print_one_line_and_exit_1(trained):
+    """The whole way out: no traceback, exit code 1, nothing on stdout."""
+    for script, flags in [("train_char.py", "--data nope.txt"), ("sample.py", "--out_dir nope")]:
+        argv = [sys.executable, str(ROOT / script), *flags.split()]
+        got = subprocess.run(argv, capture_output=True, text=True, cwd=trained)
+        assert got.returncode == 1 and got.stdout == ""
+        assert got.stderr.startswith("error: ") and got.stderr.count("\n") == 1
+
+
+# ---- sampling
+# -------------------------------------------------------------------------------------
+
+
+def test_prompt_seed_and_order(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    flags = ["--device", "cpu", "--num_samples", "2", "--prompt", "not to"]
+
+    def out(*more):
+        sample.main([*flags, *more])
+        return capsys.readouterr().out
+
+    assert out() == out("--seed", "1337") != out("--seed", "1")
+    text = out("--show", "order", "--per_step", "3")
+    assert text.startswith("order: the digit below")
+    digits = [line for line in text.splitlines() if line.startswith("......")]
+    assert len(digits) == 2  # six given characters begin both samples
+    assert all(line in text for line in digits)
+
+
+def test_render():
+    """Digits are tenths of the calls; line ends show and break; given characters are dots or
+    plain."""
+    assert sample.render("ab\nc", [-1, 0, 9, 5], 10, colour=False) == "ab↵\n.09\nc\n5"
+    assert sample.render("ab", [0, 1], 2, colour=False) == "ab\n05"
+    coloured = sample.render("abc", [-1, 0, 99], 100, colour=True)
+    assert coloured == "a\033[38;5;196mb\033[0m\033[38;5;63mc\033[0m"
