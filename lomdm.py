@@ -7,7 +7,8 @@ schedule (OeMDM, arXiv:2602.02112) and the same loss trains, by its arguments al
     ARM              block_len = 1              left to right, the GPT you know
     MDM              block_len = seq_len        any order, all equally likely (MDLM, LLaDA)
     block diffusion  1 < block_len < seq_len    blocks left to right, any order inside (BD3-LM)
-    LoMDM            learn_order = True         an order learned with the model, seeing the context
+    LoMDM            learn_order = True         an order learned with the model, seeing the
+    attention
 
 Read it from top to bottom. x is a clean text (B, L), z the same text with some tokens replaced by
 [MASK], and mu(. | z) the network's token distribution at each position. Everything is in nats.
@@ -197,8 +198,7 @@ def rotate(q, cos, sin):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU without biases. Which position sees which, the caller decides:
-    `attend` holds the mask arguments of scaled_dot_product_attention, {} for all to all."""
+    """Pre-norm attention and SwiGLU, without biases."""
 
     def __init__(self, config, dropout):
         super().__init__()
@@ -212,15 +212,17 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, C, bias=False)
 
-    def forward(self, h, rotary, attend):
-        B, T, C = h.shape
+    def forward(self, h, cos, sin, mask=None, causal=False, read=None):
+        """h (B, T, C). mask (T, T) bool: a row sees a column; None: all see all, or all before.
+        Returns the first `read` places, (B, read, C), all of them looking at all T."""
+        B, T, _ = h.shape
         drop = self.dropout if self.training else 0.0
         q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, n_head, T, head_dim), as v
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, **attend)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
-        h = h + F.dropout(y, drop)
-        gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, T, hidden) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, n_head, T, head_dim), as v
+        mask = None if mask is None else mask[:read]
+        y = F.scaled_dot_product_attention(q[:, :, :read], k, v, mask, drop, causal)
+        h = h[:, :read] + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), drop)
+        gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, read, hidden) each
         return h + F.dropout(self.down(F.silu(gate) * up), drop)
 
 
@@ -235,8 +237,8 @@ class OrderHead(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, h, rotary, attend):
-        return self.score(self.norm(self.block(h, rotary, attend))).squeeze(-1)  # (B, T)
+    def forward(self, h, *attention):
+        return self.score(self.norm(self.block(h, *attention))).squeeze(-1)  # (B, read)
 
 
 class LoMDM(nn.Module):
@@ -273,8 +275,8 @@ class LoMDM(nn.Module):
 
     def stream(self, z, x=None):
         """What the network reads to predict the masked positions of z (B, L) when the blocks before
-        theirs hold x, or z itself: tokens (B, T), their positions (T,), and who sees whom. The
-        predictions come out at the first L of the T places.
+        theirs hold x, or z itself: tokens (B, T), their positions (T,), and who sees whom: a mask
+        (T, T) and whether it is causal. Predictions come out at the first L of the T places.
 
         one block    z, all see all: no mask, T = L
         block_len 1  the tokens before each position, behind a start token, causal: a GPT, T = L
@@ -288,34 +290,36 @@ class LoMDM(nn.Module):
         pos = torch.arange(L, device=z.device)
         if K == 1:
             start = torch.full_like(z[:, :1], self.mask_id)
-            return torch.cat((start, (z if x is None else x)[:, :-1]), 1), pos, {"is_causal": True}
+            return torch.cat((start, (z if x is None else x)[:, :-1]), 1), pos, None, True
         if K >= L:
-            return z, pos, {}
+            return z, pos, None, False
         b = pos // K
         if x is None:
-            return z, pos, {"attn_mask": b[:, None] >= b}  # (L, L): row sees column
+            return z, pos, b[:, None] >= b, False
         b, clean = b.repeat(2), torch.arange(2 * L, device=z.device) >= L  # (2 L,)
         seen_clean = b < (b + clean)[:, None]  # earlier blocks, and a clean one itself
         seen_noisy = (b == b[:, None]) & ~clean[:, None]  # a noisy block sees itself
         mask = torch.where(clean, seen_clean, seen_noisy)  # (2 L, 2 L)
-        return torch.cat((z, x), 1), pos.repeat(2), {"attn_mask": mask}
+        return torch.cat((z, x), 1), pos.repeat(2), mask, False
 
     def features(self, z, x=None):
-        """The backbone f on stream(z, x): h (B, T, n_embd), and what one more block would need."""
-        tokens, pos, attend = self.stream(z, x)
-        rotary = self.cos[pos], self.sin[pos]
+        """The backbone f on stream(z, x): h (B, T, n_embd), and how one more block would attend to
+        it. Without a block to come, the last one need not compute more than the first L places."""
+        tokens, pos, *who_sees_whom = self.stream(z, x)
+        attention = self.cos[pos], self.sin[pos], *who_sees_whom
         h = F.dropout(self.wte(tokens) + self.wpe(pos), self.config.dropout, self.training)
-        for block in self.blocks:
-            h = block(h, rotary, attend)
-        return self.norm(h), (rotary, attend)
+        for block in self.blocks[:-1]:
+            h = block(h, *attention)
+        h = self.blocks[-1](h, *attention, None if self.config.learn_order else z.shape[1])
+        return self.norm(h), attention
 
-    def weigh(self, g, h, context, L):
+    def weigh(self, g, h, attention, L):
         """Weights (B, L) from an order head: w = c1 + c2 NormSig(g(f)) with the paper's
         NormSig(v)_i = sigmoid(v_i) - mean_j sigmoid(v_j), or w = exp(v_i - mean_j v_j). The mean
         is over i's block: only ratios inside it matter. The order may read the backbone's features
         but not shape them: stop-gradient on f."""
         c, K = self.config, self.config.block_len
-        v = g(h.detach(), *context)[:, :L].to(self.wte.weight.dtype)  # bfloat16 is too coarse for w
+        v = g(h.detach(), *attention, L).to(self.wte.weight.dtype)  # bfloat16 is too coarse for w
         v = torch.sigmoid(v) if c.weights == "normsig" else 8 * torch.tanh(v / 8)  # |v| < 8
         v = to_blocks(v, K)  # (B, n, K)
         v = v - v.sum(-1, keepdim=True) / block_lengths(L, K, v.device)[:, None]
@@ -327,15 +331,15 @@ class LoMDM(nn.Module):
         if not self.config.learn_order:
             return self.wte.weight.new_ones(x.shape)
         with torch.no_grad():
-            h, context = self.features(x)
-        return self.weigh(self.g, h, context, x.shape[1])
+            h, attention = self.features(x)
+        return self.weigh(self.g, h, attention, x.shape[1])
 
     def order_weights_hat(self, z):
         """w_hat(z) (B, L), the model's weights (3), which see z only. Ones without learn_order."""
         if not self.config.learn_order:
             return self.wte.weight.new_ones(z.shape)
-        h, context = self.features(z)
-        return self.weigh(self.g_hat, h, context, z.shape[1])
+        h, attention = self.features(z)
+        return self.weigh(self.g_hat, h, attention, z.shape[1])
 
     def log_probs(self, z):
         """log mu (B, L, V) for any z (B, L) of tokens and mask_id: position i looks at its own
@@ -364,11 +368,11 @@ class LoMDM(nn.Module):
         ranking = race(w.detach(), generator)  # (B, n, K)
         masked = (ranking.argsort(dim=-1) >= k[..., None]) & (w > 0)  # padding has w = 0
         hidden = from_blocks(masked, L)
-        h, context = self.features(x.masked_fill(hidden, self.mask_id), x)
+        h, attention = self.features(x.masked_fill(hidden, self.mask_id), x)
         nll = to_blocks(self.masked_nll(h[:, :L], x, hidden, size), K)
         w_hat = torch.ones_like(w)
         if self.config.learn_order:
-            w_hat = to_blocks(self.weigh(self.g_hat, h, context, L), K)
+            w_hat = to_blocks(self.weigh(self.g_hat, h, attention, L), K)
 
         W = (w * masked).sum(-1, keepdim=True)  # (B, n, 1)
         W_hat = (w_hat * masked).sum(-1, keepdim=True)
@@ -467,10 +471,10 @@ class LoMDM(nn.Module):
             current = torch.where(masked, b, L).amin(1, keepdim=True)  # (B, 1), L in finished rows
             open = masked & (b == current)  # (B, L)
             end = min(L, K * (1 + int(torch.where(open, b, 0).max())))  # what follows is not seen
-            h, context = self.features(x[:, :end])
+            h, attention = self.features(x[:, :end])
             w_hat = torch.ones_like(h[..., 0])
             if self.config.learn_order:
-                w_hat = self.weigh(self.g_hat, h, context, end)
+                w_hat = self.weigh(self.g_hat, h, attention, end)
             pick = race(w_hat * open[:, :end], generator)[:, :per_step]  # (B, m)
             logits = self.lm_head(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
             if top_k is not None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lomdm import Config, LoMDM
+import a3
+import lomdm
 
 FORMAT = "lomdm char checkpoint 1"
 
@@ -72,7 +73,8 @@ def load_checkpoint(path, device):
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train_char.py; train again")
     try:
-        model = LoMDM(Config(**ckpt["config"])).to(device)
+        module, name = (a3, "A3") if ckpt["model_name"] == "a3" else (lomdm, "LoMDM")
+        model = getattr(module, name)(module.Config(**ckpt["config"])).to(device)
         model.load_state_dict(ckpt["model"])
     except (ValueError, TypeError, KeyError, RuntimeError):
         raise UserError(f"{path} does not hold the model that it says; train again") from None
@@ -87,8 +89,9 @@ def encode(text, vocab):
     return torch.tensor([index[c] for c in text], dtype=torch.long)
 
 
-def template(prompt, infill, vocab, seq_len, mask_id):
-    """What is given and what is to be filled, (1, seq_len) long, and how much of it to print.
+def template(prompt, infill, vocab, seq_len):
+    """What is given and what is to be filled, (1, seq_len) long with len(vocab) for [MASK], and how
+    much of it to print.
 
     A short text is followed by [MASK]s up to seq_len, as the model has only seen windows of that
     length. They get filled too: the gaps are drawn as if the text went on in every possible way.
@@ -102,8 +105,8 @@ def template(prompt, infill, vocab, seq_len, mask_id):
         raise UserError(f"the prompt fills the model's window of {seq_len}: nothing left to write")
     gap = torch.tensor([infill is not None and c == "_" for c in text], dtype=torch.bool)
     ids = encode(text.replace("_", vocab[0]) if infill is not None else text, vocab)
-    z = torch.full((1, seq_len), mask_id)
-    z[0, : len(text)] = torch.where(gap, mask_id, ids)
+    z = torch.full((1, seq_len), len(vocab))
+    z[0, : len(text)] = torch.where(gap, len(vocab), ids)
     return z, seq_len if infill is None else len(text)
 
 
@@ -149,11 +152,19 @@ def show(texts, revealed_at, order, n_shown):
         print(render(text[:n_shown], at, n_calls, colour) if order else text[:n_shown])
 
 
-def draw(model, z, vocab, seed, **kw):
-    """Fill z (N, L) by model.sample(z, **kw): strings and revealed_at (N, L)."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    x, revealed_at = model.eval().sample(z.to(device), generator=generator, **kw)
+def draw(model, z, vocab, seed, by=None, per_step=1, group_size=1, **kw):
+    """Fill z (N, L), where it is len(vocab): strings, and the call that filled what, (N, L)."""
+    z = z.to(next(model.parameters()).device)
+    kw["generator"] = torch.Generator(z.device).manual_seed(seed)
+    model.eval()
+    if isinstance(model, lomdm.LoMDM):
+        x, revealed_at = model.sample(z, per_step=per_step, **kw)
+    elif by in (None, "left"):  # what is open in groups of group_size, from left to right
+        open = z == len(vocab)
+        groups = torch.where(open, (open.cumsum(1) - 1) // group_size, -1)
+        x, revealed_at = model.decode(z, groups, z.shape[1], "confidence", **kw)
+    else:
+        x, revealed_at = model.generate_dynamic(z, z == len(vocab), per_step, by, **kw)
     return ["".join(vocab[i] for i in row) for row in x.tolist()], revealed_at.cpu()
 
 
@@ -170,7 +181,15 @@ def main(argv=None):
     p.add_argument("--num_samples", type=int, default=3)
     p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
     p.add_argument("--top_k", type=int, help="draw among the k likeliest characters only")
-    p.add_argument("--per_step", type=int, default=1, help="characters a network call; 1 is exact")
+    p.add_argument(
+        "--per_step", type=int, help="characters a network call; 1, the default, is exact"
+    )
+    p.add_argument(
+        "--by",
+        choices=("left", "random", "confidence", "entropy", "margin"),
+        help="a3: which characters come next, by default those on the left",
+    )
+    p.add_argument("--group_size", type=int, help="a3: characters a group with --by left [1]")
     p.add_argument("--show", choices=("text", "order"), default="text")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
@@ -179,8 +198,20 @@ def main(argv=None):
         raise UserError("--num_samples must be at least 1")
     ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))
     vocab = ckpt["vocab"]
-    z, n_shown = template(a.prompt, a.infill, vocab, model.config.seq_len, model.mask_id)
-    kw = dict(temperature=a.temperature, top_k=a.top_k, per_step=a.per_step)
+    z, n_shown = template(a.prompt, a.infill, vocab, model.config.seq_len)
+    if isinstance(model, a3.A3):
+        z = z[:, :n_shown]  # positions that are not decoded are not there: no [MASK]s needed
+        if a.by in (None, "left") and a.per_step is not None:
+            raise UserError("--per_step goes with another --by; left to right takes --group_size")
+        if a.by not in (None, "left") and a.group_size is not None:
+            raise UserError(f"--group_size goes with --by left; --by {a.by} takes --per_step")
+    elif a.by or a.group_size is not None:
+        raise UserError(f"--by and --group_size are for a3; {a.out_dir} holds {ckpt['model_name']}")
+    kw = dict(temperature=a.temperature, top_k=a.top_k, by=a.by)
+    kw["per_step"] = 1 if a.per_step is None else a.per_step
+    kw["group_size"] = 1 if a.group_size is None else a.group_size
+    if kw["group_size"] < 1:
+        raise UserError("--group_size must be at least 1")
     try:
         texts, revealed_at = draw(model, z.repeat(a.num_samples, 1), vocab, a.seed, **kw)
     except ValueError as e:

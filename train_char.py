@@ -2,7 +2,8 @@
 Train a character model on tinyshakespeare, or on any text, and watch it learn an order.
 
     python train_char.py                                   LoMDM, at a size that fits the device
-    python train_char.py --model arm --out_dir out_arm     or mdm, or block: the same loss, other
+    python train_char.py --model arm --out_dir out_arm     or mdm, or block: the same loss
+    python train_char.py --model a3 --init_from out_arm    adapt that ARM to any order
     orders python train_char.py --resume                          go on after Ctrl-C, as if nothing
     had happened
 
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import a3
+import lomdm
 import sample
-from lomdm import Config, LoMDM
 from sample import FORMAT, Parser, UserError
 
 SHAKESPEARE_URL = (
@@ -37,7 +39,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 SHAKESPEARE = Path(__file__).parent / "data" / "tinyshakespeare" / "input.txt"
 PYTHON_DOCS = "python-docs"  # a text that comes with every Python, for machines without network
 
-MODELS = ("arm", "mdm", "block", "lomdm")
+MODELS = ("arm", "mdm", "block", "lomdm", "a3")
 
 SMALL = dict(  # nanoGPT's laptop size
     n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=1000,
@@ -74,13 +76,16 @@ class Settings:
     c1: float = flag(0.7, "lomdm: w = c1 + c2 (sigmoid - mean sigmoid)")
     c2: float = flag(0.65, "lomdm: 0 keeps the order uniform")
     weights: str = flag("normsig", "lomdm: as above, or w = exp(g - mean g)", ("normsig", "exp"))
+    group_size: int = flag(1, "a3: of the random partitions in stage 3")
+    shares: str = flag("0.2,0.3,0.5", "a3: of the steps, for stages 1 to 3; 0,0,1 skips two")
+    init_from: str | None = flag(None, "a3: out_dir of an ARM to start from")
     # optimisation
     batch_size: int | None = flag(None, "windows a step; lomdm draws two orders for each")
     max_iters: int | None = flag(None, "steps")
     learning_rate: float = flag(1e-3, "the highest; linear warm-up, then a cosine")
     min_lr: float | None = flag(None, "the lowest, by default a tenth of the highest")
     warmup_iters: int | None = flag(None, "")
-    lr_decay_iters: int | None = flag(None, "the cosine's end, by default max_iters")
+    lr_decay_iters: int | None = flag(None, "end of cosine and curriculum [max_iters]")
     weight_decay: float = flag(0.1, "")
     beta1: float = flag(0.9, "")
     beta2: float = flag(0.99, "")
@@ -97,6 +102,12 @@ class Settings:
 MAY_CHANGE = {  # on --resume; the rest is what makes it the same run
     "resume", "device", "out_dir", "max_iters", "learning_rate", "min_lr", "lr_decay_iters",
     "grad_clip", "eval_interval", "eval_draws", "log_interval", "dtype", "compile", "num_samples",
+}  # fmt: skip
+
+
+FOR = {  # flags that mean nothing to the other models
+    "block_len": ("block", "lomdm"), "c1": ("lomdm",), "c2": ("lomdm",), "weights": ("lomdm",),
+    "group_size": ("a3",), "shares": ("a3",), "init_from": ("a3",),
 }  # fmt: skip
 
 
@@ -133,8 +144,9 @@ def settle(s, device):
         s.lr_decay_iters = s.max_iters
     if s.min_lr is None:
         s.min_lr = s.learning_rate / 10
-    if s.block_len is not None and s.model in ("arm", "mdm"):
-        raise UserError(f"--block_len is for block and lomdm; --model {s.model} fixes it")
+    for name, models in FOR.items():
+        if s.model not in models and getattr(s, name) != getattr(Settings, name):
+            raise UserError(f"--{name} is for --model {' or '.join(models)}, not {s.model}")
     if s.model == "block":
         s.block_len = s.block_len or 16
         if not 1 < s.block_len < s.seq_len:
@@ -155,25 +167,33 @@ def settle(s, device):
             raise UserError(f"--{name} must be in [0, 1)")
 
 
-def model_config(s, vocab_size):
-    """The one difference between the models: arguments of the same class."""
-    special = {
+def make_model(s, vocab_size):
+    """The one difference between the first four: arguments of the same class."""
+    size = vocab_size, s.seq_len, s.n_layer, s.n_head, s.n_embd, s.dropout
+    order = {
         "arm": dict(block_len=1),
         "mdm": dict(),
         "block": dict(block_len=s.block_len),
-        "lomdm": dict(block_len=s.block_len, learn_order=True),
-    }[s.model]
+        "lomdm": dict(block_len=s.block_len, learn_order=True, c1=s.c1, c2=s.c2, weights=s.weights),
+    }
     try:
-        return Config(
-            vocab_size, s.seq_len, s.n_layer, s.n_head, s.n_embd, s.dropout,
-            c1=s.c1, c2=s.c2, weights=s.weights, **special,
-        )  # fmt: skip
+        if s.model == "a3":
+            return a3.A3(a3.Config(*size))
+        return lomdm.LoMDM(lomdm.Config(*size, **order[s.model]))
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
-# ---- data
-# ------------------------------------------------------------------------------------------
+def make_curriculum(s):
+    """Which groups A3 trains on, a function of the step."""
+    try:
+        shares = tuple(float(share) for share in s.shares.split(","))
+        return a3.Curriculum(s.lr_decay_iters, shares, s.group_size)
+    except ValueError as e:
+        raise UserError(f"--shares {s.shares} --group_size {s.group_size}: {e}") from None
+
+
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def write_file(path, write):
@@ -246,19 +266,41 @@ def encode(text, s):
     return [chr(c) for c in vocab], ids[:n], ids[n:]
 
 
-# ---- evaluation
-# ------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def figures(model, s):
+    """What validation measures, {kind: f}, where f(x (B, L), generator) gives nats (B,). The first
+    decides which checkpoint is the best."""
+
+    def a3_figure(groups):
+        def nats(x, generator):
+            draws = [model.log_prob(x, groups(*x.shape, generator)) for _ in range(s.eval_draws)]
+            return -sum(draws).sum(1) / s.eval_draws
+
+        return nats
+
+    def random(size):
+        return lambda B, L, generator: a3.random_groups(B, L, size, generator, generator.device)
+
+    if s.model == "a3":
+        return {
+            "exact, random order": a3_figure(random(1)),
+            "exact, left to right": a3_figure(lambda B, L, g: a3.ar_groups(B, L, g.device)),
+            "exact, random groups of 4": a3_figure(random(4)),
+        }
+    kind = "exact" if s.model == "arm" else "bound"
+    return {kind: lambda x, generator: model.nelbo(x, s.eval_draws, generator=generator)}
 
 
 @torch.no_grad()
-def evaluate(model, val, s, device):
+def evaluate(nats_of, val, s, device):
     """Mean and standard error, nats per character, over all of val in consecutive windows.
 
     Every call draws the same orders, so one checkpoint has one number. The last window is what is
     left over. The standard error is that of a ratio, sum of nats over sum of characters: it
     covers the choice of windows and of orders, not that of the training seed.
     """
-    model.eval()
     generator = torch.Generator(device).manual_seed(1)
     L = s.seq_len
     n = len(val) // L
@@ -268,13 +310,12 @@ def evaluate(model, val, s, device):
     nats, length = [], []
     for x in batches:
         with autocast(s, device):
-            nats.append(model.nelbo(x.to(device), s.eval_draws, generator=generator).double().cpu())
+            nats.append(nats_of(x.to(device), generator).double().cpu())
         length.append(torch.full((len(x),), x.shape[1], dtype=torch.float64))
     nats, length = torch.cat(nats), torch.cat(length)  # (windows,) each
     mean = nats.sum() / length.sum()
     residual = nats - mean * length
     error = residual.square().sum().sqrt() * math.sqrt(len(nats) / max(1, len(nats) - 1))
-    model.train()
     return mean.item(), (error / length.sum()).item()
 
 
@@ -283,8 +324,7 @@ def autocast(s, device):
     return torch.autocast(device.type, dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
 
-# ---- training
-# --------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def learning_rate(step, s):
@@ -304,7 +344,11 @@ class Run:
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.vocab, self.train, self.val = encode(text, s)
         torch.manual_seed(s.seed)
-        self.model = LoMDM(model_config(s, len(self.vocab))).to(device)
+        self.model = make_model(s, len(self.vocab)).to(device)
+        self.loss_of = self.model.loss
+        if s.compile:
+            self.loss_of = torch.compile(self.model.loss, dynamic=False)
+        self.curriculum = make_curriculum(s)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [
@@ -326,6 +370,14 @@ class Run:
         if self.device.type == "cuda":
             return x.pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
+
+    def loss(self):
+        """The loss of the next batch, and what to log of it: "nelbo" is exact for an ARM and A3."""
+        x = self.batch()
+        if self.s.model != "a3":
+            return self.loss_of(x)
+        loss = self.loss_of(x, self.curriculum(self.step, *x.shape, device=self.device))
+        return loss, {"nelbo": loss.detach()}
 
     def state(self):
         rng = {"cpu": torch.get_rng_state(), "windows": self.windows.get_state()}
@@ -357,13 +409,19 @@ class Run:
             f.write(json.dumps(dict(step=self.step, **values)) + "\n")
 
     def validate(self):
-        """Print and log the validation figure, and save what it calls for."""
-        val, error = evaluate(self.model, self.val, self.s, self.device)
-        if not math.isfinite(val):
-            raise UserError(self.nan_message(self.step))
-        kind = "exact" if self.s.model == "arm" else "bound"
-        tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
-        self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
+        """Print and log the validation figures, and save what they call for."""
+        self.model.eval()
+        found = {
+            kind: evaluate(nats_of, self.val, self.s, self.device)
+            for kind, nats_of in figures(self.model, self.s).items()
+        }
+        self.model.train()
+        for kind, (val, error) in found.items():
+            if not math.isfinite(val):
+                raise UserError(self.nan_message(self.step))
+            tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
+            self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
+        val, _ = next(iter(found.values()))
         if val < self.best:
             self.best = val
             self.save("ckpt.pt")
@@ -373,7 +431,6 @@ class Run:
         """Train up to max_iters; Ctrl-C stops between two steps, with everything saved."""
         s, stop = self.s, []
         old = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(1))
-        loss_of = torch.compile(self.model.loss, dynamic=False) if s.compile else self.model.loss
         bar = tqdm(total=s.max_iters, initial=self.step, unit="step", dynamic_ncols=True)
         pending, began = [], time.perf_counter()  # the losses since the last log line
         self.model.train()
@@ -382,7 +439,7 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             with autocast(s, self.device):
-                loss, metrics = loss_of(self.batch())
+                loss, metrics = self.loss()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
             self.optimizer.step()
@@ -431,12 +488,33 @@ class Run:
         )
 
 
+def load_arm(s, device):
+    """The ARM's checkpoint that --init_from names. Sizes not given as flags become the ARM's."""
+    ckpt, _ = sample.load_checkpoint(Path(s.init_from) / "ckpt.pt", device)
+    if ckpt["model_name"] != "arm":  # an MDM's weights have the same names and shapes
+        raise UserError(
+            f"--init_from needs an ARM; {s.init_from} holds a model {ckpt['model_name']}"
+        )
+    for name in ("seq_len", "n_layer", "n_head", "n_embd"):
+        if getattr(s, name) is None:
+            setattr(s, name, ckpt["config"][name])
+    return ckpt
+
+
 def begin(given):
     """A new run. Files of an earlier one in out_dir are moved aside, not lost."""
     s = Settings(**given)
     device = sample.pick_device(s.device)
+    arm = load_arm(s, device) if s.init_from and s.model == "a3" else None
     settle(s, device)
     run = Run(s, device)
+    if arm:
+        if arm["vocab"] != run.vocab:
+            raise UserError(f"the ARM in {s.init_from} has another vocabulary than --data {s.data}")
+        try:
+            print(run.model.load_arm(arm["model"]))
+        except ValueError as e:
+            raise UserError(f"--init_from {s.init_from}: {e}") from None
     if run.out.is_dir() and any((run.out / name).exists() for name in ("ckpt.pt", "last.pt")):
         n = next(n for n in range(1, 10**6) if not Path(f"{run.out}.{n}").exists())
         os.rename(run.out, f"{run.out}.{n}")
@@ -486,8 +564,8 @@ def main(argv=None):
         f"{best['step']}, in {run.out / 'ckpt.pt'}"
     )
     if s.num_samples:
-        z = torch.full((s.num_samples, s.seq_len), model.mask_id)
-        texts, revealed_at = sample.draw(model, z, run.vocab, s.seed)
+        z = torch.full((s.num_samples, s.seq_len), len(run.vocab))
+        texts, revealed_at = sample.draw(model, z, run.vocab, s.seed, by="random")
         sample.show(texts, revealed_at, True, s.seq_len)
 
 

@@ -180,17 +180,16 @@ def test_nelbo_is_unbiased(kw, L, bound):
     model, x = make(**kw), texts(L)[[5, -2]]
     _, jump, paper = exact(model, x)
     g = torch.Generator().manual_seed(1)
-    many = x.repeat(1000, 1)
-    batches = torch.stack([model.nelbo(many, 2, bound, g) for _ in range(30)])  # (30, 2000)
-    batches = batches.view(30, 1000, 2).mean(1)
+    many = x.repeat(500, 1)
+    batches = torch.stack([model.nelbo(many, 2, bound, g) for _ in range(20)])  # (20, 1000)
+    batches = batches.view(20, 500, 2).mean(1)
     error = batches.mean(0) - (jump if bound == "jump" else paper)
-    limit = 4 * batches.std(0) / math.sqrt(30) + 1e-12
+    limit = 4 * batches.std(0) / math.sqrt(20) + 1e-12
     assert (error.abs() < limit).all(), (error, limit)
-    assert (limit < 0.02 * jump).all()  # and the limit means something
+    assert (limit < 0.04 * jump).all()  # and the limit means something
 
 
-@every_model
-def test_counts_are_uniform_and_fit_the_logits(kw):
+def test_counts_are_uniform_and_fit_the_logits():
     """k is uniform on {0..length-1} in every block of every row, and `size` always holds the
     masked."""
     for B, L, K in itertools.product([1, 2, 3, 7, 8], [1, 3, 5, 8, 9], [1, 2, 4, 8]):
@@ -237,9 +236,9 @@ def test_block_fast_path_is_the_generic_model(L):
     model = make(L=6, block_len=2, learn_order=True)
     x = torch.randint(V, (5, L))
     z = torch.where(torch.rand(5, L) < 0.5, model.mask_id, x)
-    h, context = model.features(z, x)
+    h, attention = model.features(z, x)
     fast = model.lm_head(h[:, :L]).log_softmax(-1)
-    fast_w = model.weigh(model.g_hat, h, context, L)
+    fast_w = model.weigh(model.g_hat, h, attention, L)
     for b in range(0, L, 2):
         one = torch.cat((x[:, :b], z[:, b : b + 2], torch.full_like(x[:, b + 2 :], V)), 1)
         torch.testing.assert_close(fast[:, b : b + 2], model.log_probs(one)[:, b : b + 2])
@@ -362,7 +361,7 @@ def test_weights_formula(weights):
     block."""
     model = make(L=6, block_len=3, learn_order=True, weights=weights)
     v = torch.randn(2, 5)
-    w = model.weigh(lambda h: h, v, (), 5)
+    w = model.weigh(lambda h, L: h, v, (), 5)
     for row in range(2):
         for lo, hi in [(0, 3), (3, 5)]:
             block = v[row, lo:hi]
@@ -459,7 +458,7 @@ def test_gradient_of_loss_is_that_of_the_bound(block_len, weights, monkeypatch):
 def test_samples_follow_the_exact_distribution(kw, L, given):
     """Without a prompt by the exact likelihood; around a given token by the recursion of exact(),
     which starts from a visible set with the given token in it."""
-    model, n = make(**kw), 100_000
+    model, n = make(**kw), 30_000
     z = torch.full((n, L), model.mask_id)
     for i, token in given.items():
         z[:, i] = token

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lomdm
 import sample
 import train_char
 from sample import UserError
@@ -61,11 +62,13 @@ def test_training_learns_and_samples(work, capsys, model):
     train(f"--model {model} {flags} --warmup_iters 10 {block_len}")
     rows = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert rows[0]["settings"]["model"] == model and rows[0]["data"] == "text.txt"
-    val = [r["val"] for r in rows if "val" in r]
+    kind = {"arm": "exact", "a3": "exact, random order"}.get(model, "bound")
+    val = [r["val"] for r in rows if r.get("kind") == kind]
     assert len(val) == 3 and val[-1] < val[0]
     assert val[-1] < (0.3 if model == "arm" else 1.8)  # character frequencies alone give 1.951
-    assert f"({'exact' if model == 'arm' else 'bound'})" in capsys.readouterr().out
-    assert rows[1]["nelbo"] == pytest.approx(rows[1]["recon"] + rows[1]["order"], rel=1e-5)
+    assert f"({kind})" in capsys.readouterr().out
+    if model != "a3":
+        assert rows[1]["nelbo"] == pytest.approx(rows[1]["recon"] + rows[1]["order"], rel=1e-5)
     sample.main(["--device", "cpu", "--num_samples", "2", "--infill", "ot\nto __ or _ot"])
     out = capsys.readouterr().out
     assert out.count("--- sample") == 2
@@ -74,10 +77,10 @@ def test_training_learns_and_samples(work, capsys, model):
         assert first == "ot" and second[:3] == "to " and second[5:9] == " or "
 
 
-@pytest.mark.parametrize("model", ["lomdm", "block"])
+@pytest.mark.parametrize("model", ["lomdm", "block --block_len 4", "a3 --shares 0.3,0,0.7"])
 def test_resume_is_exact(work, model):
     """20 steps are 10 and 10 more: weights, optimizer and random states, bit for bit."""
-    flags = f"--model {model} --block_len 4 --dropout 0.1 --eval_interval 10 --lr_decay_iters 20"
+    flags = f"--model {model} --dropout 0.1 --eval_interval 10 --lr_decay_iters 20"
     train(f"{flags} --max_iters 20 --out_dir whole")
     train(f"{flags} --max_iters 10 --out_dir halves")
     train("--resume --max_iters 20 --out_dir halves", base="")
@@ -128,8 +131,8 @@ def test_validation_covers_the_split_and_repeats(work):
     s = train_char.Settings(**ckpt["settings"])
     _, _, val = train_char.encode(Path("text.txt").read_text(), s)
     assert len(val) == 300 and len(val) % 16
-    mean, error = train_char.evaluate(model, val, s, torch.device("cpu"))
-    model.eval()
+    figure = train_char.figures(model.eval(), s)["exact"]
+    mean, error = train_char.evaluate(figure, val, s, torch.device("cpu"))
     nats = [model.nelbo(val[None, i : i + 16]).item() for i in range(0, 300, 16)]
     assert mean == pytest.approx(sum(nats) / 300, rel=1e-5) == ckpt["best"]
     per_char = torch.tensor(nats[:-1]) / 16  # nearly the plain standard error of the full windows
@@ -138,9 +141,10 @@ def test_validation_covers_the_split_and_repeats(work):
     train("--model lomdm --max_iters 3 --eval_interval 3")
     ckpt, model = sample.load_checkpoint("out/ckpt.pt", torch.device("cpu"))
     s = train_char.Settings(**ckpt["settings"])
-    first = train_char.evaluate(model, val, s, torch.device("cpu"))
+    figure = train_char.figures(model.eval(), s)["bound"]
+    first = train_char.evaluate(figure, val, s, torch.device("cpu"))
     torch.rand(10)
-    assert train_char.evaluate(model, val, s, torch.device("cpu")) == first
+    assert train_char.evaluate(figure, val, s, torch.device("cpu")) == first
     assert first[0] == ckpt["best"]
 
 
@@ -209,8 +213,14 @@ def test_shakespeare(work, monkeypatch, capsys):
         ("--n_head 3", "n_embd .16. must be divisible by n_head .3."),
         ("--model block --block_len 5", "seq_len .16. must be divisible by block_len .5."),
         ("--model block --block_len 16", "between 1, --model arm, and 16, --model mdm"),
-        ("--model arm --block_len 4", "--block_len is for block and lomdm"),
+        ("--model arm --block_len 4", "--block_len is for --model block or lomdm, not arm"),
         ("--c1 0.5 --c2 0.6", "c1 .0.5. must be above c2 .0.6."),
+        ("--model mdm --c2 0.1", "--c2 is for --model lomdm, not mdm"),
+        ("--model a3 --shares 1,1,1", "shares must be three numbers >= 0 that sum to 1"),
+        ("--model a3 --shares a,b", "--shares a,b --group_size 1: could not convert"),
+        ("--model a3 --group_size 0", "group_size must be at least 1"),
+        ("--model a3 --init_from nowhere", "no checkpoint at nowhere.ckpt.pt"),
+        ("--init_from nowhere", "--init_from is for --model a3, not lomdm"),
         ("--max_iters 0", "--max_iters must be at least 1"),
         ("--learning_rate nan", "--learning_rate must be above 0"),
         ("--beta2 1", "--beta2 must be in"),
@@ -256,6 +266,26 @@ def test_resume_with_another_text(work):
         train("--resume --max_iters 2", base="")
 
 
+def test_a3_starts_from_an_arm(work, capsys):
+    """The ARM's sizes are taken over and its weights are there before the first step; what is not
+    an ARM, or not of this text or size, is refused."""
+    train("--model arm --max_iters 20 --learning_rate 1e-2 --out_dir arm")
+    flags = "--data text.txt --device cpu --num_samples 0 --batch_size 4 --max_iters 1 --model a3"
+    train("--init_from arm --learning_rate 1e-9", base=flags)
+    assert "loaded an ARM; new: query, wpe_query" in capsys.readouterr().out
+    arm, adapted = checkpoint("arm/ckpt.pt"), checkpoint("out/ckpt.pt")
+    for name in ("wte.weight", "blocks.0.qkv.weight", "lm_head.weight"):
+        torch.testing.assert_close(adapted["model"][name], arm["model"][name], rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="not an ARM of this size: wte.weight is .32, 16., not"):
+        train("--init_from arm --n_embd 32", base=flags)
+    train("--model mdm --max_iters 1 --out_dir mdm")
+    with pytest.raises(UserError, match="needs an ARM; mdm holds a model mdm"):
+        train("--init_from mdm", base=flags)
+    Path("other.txt").write_text("abc" * 1000)
+    with pytest.raises(UserError, match="has another vocabulary than --data other.txt"):
+        train("--init_from arm --data other.txt", base=flags)
+
+
 @pytest.mark.parametrize(
     "argv", ["--learning_rat 1", "--model gpt", "--max_iters ten", "--compile=2"]
 )
@@ -268,7 +298,7 @@ def test_unknown_flags(argv, capsys):
 
 
 def test_nan_names_the_step_and_the_last_good_checkpoint(work, monkeypatch):
-    loss = train_char.LoMDM.loss
+    loss = lomdm.LoMDM.loss
 
     def spoilt(self, x):
         self.calls = getattr(self, "calls", 0) + 1
@@ -276,7 +306,7 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(work, monkeypatch):
         bad = torch.nan if self.calls == 7 else 1.0
         return value * bad, {k: v * bad for k, v in metrics.items()}
 
-    monkeypatch.setattr(train_char.LoMDM, "loss", spoilt)
+    monkeypatch.setattr(lomdm.LoMDM, "loss", spoilt)
     with pytest.raises(UserError, match=r"not finite at step 7; .*out.last.pt \(step 5\)"):
         train("--max_iters 20 --eval_interval 5")
     assert checkpoint("out/last.pt")["step"] == 5
@@ -302,12 +332,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(work, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with the checkpoint of a small LoMDM in out/."""
+    """A folder with the checkpoints of a small LoMDM in out/ and of an A3 in a3/."""
     where = tmp_path_factory.mktemp("trained")
     old = os.getcwd()
     os.chdir(where)
     Path("text.txt").write_text("to be, or not to be\n" * 100)
     train("--max_iters 1")
+    train("--max_iters 1 --model a3 --out_dir a3")
     os.chdir(old)
     return where
 
@@ -327,6 +358,12 @@ def trained(tmp_path_factory):
         (["--top_k", "0"], "top_k >= 1"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
         (["--device", "cuda:99"], "none here"),
+        (["--by", "left"], "--by and --group_size are for a3; out holds lomdm"),
+        (["--out_dir", "a3", "--per_step", "2"], "--per_step goes with another --by"),
+        (["--out_dir", "a3", "--by", "margin", "--group_size", "2"], "goes with --by left"),
+        (["--out_dir", "a3", "--group_size", "0"], "--group_size must be at least 1"),
+        (["--out_dir", "a3", "--by", "margin", "--per_step", "0"], "per_step >= 1"),
+        (["--out_dir", "a3", "--infill", "to be, or not to _"], "18 characters"),
     ],
 )
 def test_bad_sampling_flags(trained, monkeypatch, flags, message):
@@ -363,6 +400,31 @@ def test_prompt_seed_and_order(trained, monkeypatch, capsys):
     digits = [line for line in text.splitlines() if line.startswith("......")]
     assert len(digits) == 2  # six given characters begin both samples
     assert all(line in text for line in digits)
+
+
+def test_a3_decoding(trained, monkeypatch, capsys):
+    """--group_size and --per_step are characters a call; gaps are filled and the rest is kept."""
+    monkeypatch.chdir(trained)
+    flags = ["--device", "cpu", "--num_samples", "1", "--out_dir", "a3", "--show", "order"]
+    for how, calls in [
+        ([], "0123"),
+        (["--group_size", "2"], "0011"),
+        (["--by", "random", "--per_step", "4"], "0000"),
+    ]:
+        sample.main([*flags, "--infill", "to ____", *how])
+        text, revealed_at = sampled(capsys.readouterr().out)
+        tenths = {call: str(int(call) * 10 // len(set(calls))) for call in calls}
+        assert text[:3] == "to " and "_" not in text and len(text) == 7
+        assert revealed_at == "..." + "".join(tenths[call] for call in calls)
+    sample.main([*flags, "--infill", "to __ or", "--by", "entropy"])
+    text, revealed_at = sampled(capsys.readouterr().out)
+    assert text[:3] == "to " and text[5:] == " or" and revealed_at in ("...05...", "...50...")
+
+
+def sampled(out):
+    """The text and the digits of the one sample printed, a line end as a character."""
+    lines = out.splitlines()[2:]
+    return "".join(lines[::2]), "".join(lines[1::2])
 
 
 def test_render():

@@ -1,0 +1,128 @@
+"""
+Time and memory of a training step of each model, beside the ARM's.
+
+    python bench.py                    nanoGPT's size, 6 layers, 384 wide, 256 context
+    python bench.py --compile --dtype bfloat16 --batch_size 64 --device cuda
+
+The models take turns, so a machine that slows down slows all of them; a row is the median of
+--repeats steps. Tokens are those of the batch: LoMDM reads each of them twice, in two orders.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter
+
+import torch
+
+import sample
+from lomdm import Config, LoMDM
+
+MODELS = {
+    "arm": dict(block_len=1),
+    "mdm": dict(),
+    "block 4": dict(block_len=4),
+    "block 16": dict(block_len=16),
+    "lomdm": dict(learn_order=True),
+    "lomdm in blocks of 16": dict(block_len=16, learn_order=True),
+}
+
+
+def make_step(name, a):
+    """A function that makes one training step: forward, backward, AdamW."""
+    device = torch.device(a.device)
+    torch.manual_seed(0)
+    model = LoMDM(Config(a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd, **MODELS[name]))
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type != "mps")
+    loss_of = torch.compile(model.loss, dynamic=False) if a.compile else model.loss
+    x = torch.randint(a.vocab_size, (a.batch_size, a.seq_len), device=device)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
+            loss, _ = loss_of(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def resident():
+    """The most memory this process has held, in bytes."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_memory(name, a):
+    """Bytes that two steps need in all. Runs in a process of its own: the peak never falls
+    again."""
+    if torch.device(a.device).type == "cuda":
+        step = make_step(name, a)
+        step(), step()
+        return torch.cuda.max_memory_allocated()
+    torch.set_num_threads(a.threads)
+    before = resident()
+    step = make_step(name, a)
+    step(), step()
+    return resident() - before
+
+
+def main():
+    p = sample.Parser(
+        description=__doc__.split("\n\n")[0].strip(), formatter_class=ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--device", default=sample.pick_device(None).type)
+    p.add_argument("--batch_size", type=int, default=4)
+    p.add_argument("--seq_len", type=int, default=256)
+    p.add_argument("--n_layer", type=int, default=6)
+    p.add_argument("--n_head", type=int, default=6)
+    p.add_argument("--n_embd", type=int, default=384)
+    p.add_argument("--vocab_size", type=int, default=65)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--compile", action="store_true")
+    p.add_argument("--repeats", type=int, default=9)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    a = p.parse_args()
+    if a.repeats < 1 or a.batch_size < 1 or a.threads < 1:
+        raise sample.UserError("--repeats, --batch_size and --threads must be at least 1")
+    sample.pick_device(a.device)
+    torch.set_num_threads(a.threads)
+    memory = {}
+    for name in MODELS:  # first: a new process inherits its parent's peak
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            try:
+                memory[name] = pool.apply(peak_memory, (name, a))
+            except ValueError as e:
+                raise sample.UserError(str(e)) from None
+    steps = {name: make_step(name, a) for name in MODELS}
+    times = {name: [] for name in MODELS}
+    for repeat in range(a.repeats + 2):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if repeat >= 2:  # the first ones warm up
+                times[name].append(time.perf_counter() - began)
+
+    print(
+        f"{a.n_layer} layers, {a.n_embd} wide, {a.seq_len} context, batch {a.batch_size}, "
+        f"{a.vocab_size} tokens, {a.dtype}, {a.device}, {a.threads} threads"
+    )
+    print("                         ms/step       (min-max)   tokens/s   / arm   / mdm  peak MB")
+    median = {name: statistics.median(t) for name, t in times.items()}
+    for name, t in times.items():
+        m, spread = median[name], f"({min(t) * 1e3:.0f}-{max(t) * 1e3:.0f})"
+        print(
+            f"{name:22}{m * 1e3:10.1f}{spread:>16}{a.batch_size * a.seq_len / m:11,.0f}"
+            f"{m / median['arm']:8.2f}{m / median['mdm']:8.2f}{memory[name] / 2**20:9,.0f}"
+        )
+
+
+if __name__ == "__main__":
+    sample.run(main)
