@@ -1,11 +1,10 @@
 """
 Train a character model on tinyshakespeare, or on any text, and watch it learn an order.
 
-    python train_char.py                                   LoMDM, at a size that fits the device
-    python train_char.py --model arm --out_dir out_arm     or mdm, or block: the same loss
-    python train_char.py --model a3 --init_from out_arm    adapt that ARM to any order
-    orders python train_char.py --resume                          go on after Ctrl-C, as if nothing
-    had happened
+    python train_char.py                                 LoMDM, at a size that fits the device
+    python train_char.py --model arm --out_dir out_arm   or mdm, or block: the same loss
+    python train_char.py --model a3 --init_from out_arm  adapt that ARM to any order
+    python train_char.py --resume                        go on after Ctrl-C, as if nothing happened
 
 Settings left out follow the device (PRESETS). --help lists them all.
 """
@@ -153,18 +152,16 @@ def settle(s, device):
             raise UserError(
                 f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm"
             )
-    for name in ("learning_rate", "grad_clip"):
-        if not getattr(s, name) > 0:
-            raise UserError(f"--{name} must be above 0")
-    for name in ("batch_size", "max_iters", "eval_interval", "eval_draws", "log_interval"):
-        if getattr(s, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    for name in ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed"):
-        if not getattr(s, name) >= 0:
-            raise UserError(f"--{name} must not be negative")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(s, name) < 1:
-            raise UserError(f"--{name} must be in [0, 1)")
+    for least, names in (
+        (1, ("batch_size", "max_iters", "eval_interval", "eval_draws", "log_interval")),
+        (0, ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed")),
+        (1e-12, ("learning_rate", "grad_clip")),
+    ):
+        for name in names:
+            if not getattr(s, name) >= least:  # NaN is caught as well
+                raise UserError(f"--{name} must be at least {least}")
+    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1):
+        raise UserError("--beta1 and --beta2 must be in [0, 1)")
 
 
 def make_model(s, vocab_size):
@@ -360,6 +357,7 @@ class Run:
         )
         self.windows = torch.Generator().manual_seed(s.seed)  # which windows make up the batches
         self.step, self.best, self.seconds = 0, math.inf, 0.0
+        self.saved_at = None  # the step in last.pt
 
     def batch(self):
         """Random windows of the training text: (batch_size, seq_len)."""
@@ -396,17 +394,24 @@ class Run:
         self.model.load_state_dict(ckpt["model"])
         self.optimizer.load_state_dict(ckpt["optimizer"])
         self.step, self.best, self.seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
+        self.saved_at = self.step
         torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
         self.windows.set_state(ckpt["rng"]["windows"].cpu())
         if self.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), self.device)
 
-    def save(self, name):
-        write_file(self.out / name, lambda path: torch.save(self.state(), path))
+    def save(self, best=False):
+        """last.pt, and ckpt.pt if this is the best so far."""
+        for name in ("ckpt.pt", "last.pt") if best else ("last.pt",):
+            write_file(self.out / name, lambda path: torch.save(self.state(), path))
+        self.saved_at = self.step
 
     def log(self, **values):
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(dict(step=self.step, **values)) + "\n")
+        try:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(dict(step=self.step, **values)) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.out / 'log.jsonl'}: {e.strerror}") from None
 
     def validate(self):
         """Print and log the validation figures, and save what they call for."""
@@ -422,10 +427,8 @@ class Run:
             tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
             self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
         val, _ = next(iter(found.values()))
-        if val < self.best:
-            self.best = val
-            self.save("ckpt.pt")
-        self.save("last.pt")
+        better, self.best = val < self.best, min(val, self.best)
+        self.save(better)
 
     def go(self):
         """Train up to max_iters; Ctrl-C stops between two steps, with everything saved."""
@@ -465,7 +468,7 @@ class Run:
             if due:
                 self.validate()
             if stop:
-                self.save("last.pt")
+                self.save()
                 bar.close()
                 raise UserError(
                     f"stopped at step {self.step}, all saved; go on with: "
@@ -477,14 +480,10 @@ class Run:
         signal.signal(signal.SIGINT, old)
 
     def nan_message(self, step):
-        last = self.out / "last.pt"
-        advice = "lower --learning_rate or --grad_clip"
-        if not last.exists():
-            return f"the loss or its gradient is not finite at step {step}, no checkpoint: {advice}"
-        good = torch.load(last, map_location="cpu", weights_only=True)["step"]
+        last = f"{self.out / 'last.pt'} (step {self.saved_at})" if self.saved_at else "none yet"
         return (
-            f"the loss or its gradient is not finite at step {step}; the last good checkpoint is "
-            f"{last} (step {good}): {advice} and --resume"
+            f"the loss or its gradient is not finite at step {step}; last good checkpoint: {last}; "
+            "go on from it with --resume and a lower --learning_rate or --grad_clip"
         )
 
 
@@ -543,6 +542,7 @@ def resume(given):
     run.restore(ckpt)
     log = run.out / "log.jsonl"  # without what came after the checkpoint: it will come again
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    lines = [line for line in lines if line.endswith("}")]  # one may be cut off
     lines = [line for line in lines if json.loads(line).get("step", 0) <= run.step]
     write_file(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
     return run
