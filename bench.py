@@ -1,7 +1,8 @@
 """
-Time and memory of a training step of each model, beside the ARM's.
+Time and memory of a training step of each model, beside the ARM's, and A3's decoding speed.
 
     python bench.py                    nanoGPT's size, 6 layers, 384 wide, 256 context
+    python bench.py --generate         A3: cached generation against recomputing everything
     python bench.py --compile --dtype bfloat16 --batch_size 64 --device cuda
 
 The models take turns, so a machine that slows down slows all of them; a row is the median of
@@ -16,8 +17,9 @@ from argparse import ArgumentDefaultsHelpFormatter
 
 import torch
 
+import a3
+import lomdm
 import sample
-from lomdm import Config, LoMDM
 
 MODELS = {
     "arm": dict(block_len=1),
@@ -26,22 +28,28 @@ MODELS = {
     "block 16": dict(block_len=16),
     "lomdm": dict(learn_order=True),
     "lomdm in blocks of 16": dict(block_len=16, learn_order=True),
+    "a3, left to right": a3.ar_groups,
+    "a3, random order": lambda B, L, device: a3.random_groups(B, L, 1, device=device),
+    "a3, random groups of 4": lambda B, L, device: a3.random_groups(B, L, 4, device=device),
 }
 
 
 def make_step(name, a):
     """A function that makes one training step: forward, backward, AdamW."""
-    device = torch.device(a.device)
+    device, how = torch.device(a.device), MODELS[name]
+    size = a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd
     torch.manual_seed(0)
-    model = LoMDM(Config(a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd, **MODELS[name]))
-    model.to(device)
+    if callable(how):
+        model = a3.A3(a3.Config(*size)).to(device)
+    else:
+        model = lomdm.LoMDM(lomdm.Config(*size, **how)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type != "mps")
     loss_of = torch.compile(model.loss, dynamic=False) if a.compile else model.loss
     x = torch.randint(a.vocab_size, (a.batch_size, a.seq_len), device=device)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
-            loss, _ = loss_of(x)
+            loss = loss_of(x, how(*x.shape, device=device)) if callable(how) else loss_of(x)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -50,6 +58,49 @@ def make_step(name, a):
             torch.cuda.synchronize()
 
     return step
+
+
+def recompute(model, x, groups):
+    """generate() without a cache: the whole forward pass again for every group."""
+    x = x.clone()
+    for group in range(int(groups.max()) + 1):
+        p = model(x, groups)[groups == group].softmax(-1)  # (group, V)
+        x[groups == group] = torch.multinomial(p, 1)[:, 0]
+    return x
+
+
+@torch.no_grad()
+def generation(a):
+    """Tokens per second of A3, one sequence of seq_len tokens."""
+    device = torch.device(a.device)
+    torch.manual_seed(0)
+    model = a3.A3(a3.Config(a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd)).to(device)
+    model.eval()
+    x = torch.zeros(1, a.seq_len, dtype=torch.long, device=device)
+
+    def seconds(f):
+        times = []
+        for _ in range(a.repeats):
+            began = time.perf_counter()
+            f()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def dynamic(size):
+        return model.generate_dynamic(x, torch.ones_like(x, dtype=torch.bool), size)
+
+    print("tokens a call   cached tok/s   recomputed tok/s   ratio   dynamic, by confidence tok/s")
+    for size in (1, 2, 4, 8):
+        groups = a3.random_groups(1, a.seq_len, size, device=device)
+        t = seconds(lambda groups=groups: model.generate(x, groups))
+        t_recompute = seconds(lambda groups=groups: recompute(model, x, groups))
+        t_dynamic = seconds(lambda size=size: dynamic(size))
+        print(
+            f"{size:13}{a.seq_len / t:15,.0f}{a.seq_len / t_recompute:19,.1f}"
+            f"{t_recompute / t:8.1f}{a.seq_len / t_dynamic:31,.0f}"
+        )
 
 
 def resident():
@@ -88,12 +139,19 @@ def main():
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--repeats", type=int, default=9)
+    p.add_argument("--generate", action="store_true")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     a = p.parse_args()
     if a.repeats < 1 or a.batch_size < 1 or a.threads < 1:
         raise sample.UserError("--repeats, --batch_size and --threads must be at least 1")
     sample.pick_device(a.device)
     torch.set_num_threads(a.threads)
+    print(
+        f"{a.n_layer} layers, {a.n_embd} wide, {a.seq_len} context, {a.vocab_size} tokens, "
+        f"{a.dtype}, {a.device}, {a.threads} threads, torch {torch.__version__}"
+    )
+    if a.generate:
+        return generation(a)
     memory = {}
     for name in MODELS:  # first: a new process inherits its parent's peak
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -110,10 +168,7 @@ def main():
             if repeat >= 2:  # the first ones warm up
                 times[name].append(time.perf_counter() - began)
 
-    print(
-        f"{a.n_layer} layers, {a.n_embd} wide, {a.seq_len} context, batch {a.batch_size}, "
-        f"{a.vocab_size} tokens, {a.dtype}, {a.device}, {a.threads} threads"
-    )
+    print(f"batch {a.batch_size}")
     print("                         ms/step       (min-max)   tokens/s   / arm   / mdm  peak MB")
     median = {name: statistics.median(t) for name, t in times.items()}
     for name, t in times.items():

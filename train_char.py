@@ -153,9 +153,9 @@ def settle(s, device):
                 f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm"
             )
     for least, names in (
+        (1e-12, ("learning_rate", "grad_clip")),
         (1, ("batch_size", "max_iters", "eval_interval", "eval_draws", "log_interval")),
         (0, ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed")),
-        (1e-12, ("learning_rate", "grad_clip")),
     ):
         for name in names:
             if not getattr(s, name) >= least:  # NaN is caught as well
