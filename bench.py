@@ -71,12 +71,12 @@ def recompute(model, x, groups):
 
 @torch.no_grad()
 def generation(a):
-    """Tokens per second of A3, one sequence of seq_len tokens."""
+    """Tokens per second of A3: batch_size texts of seq_len tokens, each in an order of its own."""
     device = torch.device(a.device)
     torch.manual_seed(0)
     model = a3.A3(a3.Config(a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd)).to(device)
     model.eval()
-    x = torch.zeros(1, a.seq_len, dtype=torch.long, device=device)
+    x = torch.zeros(a.batch_size, a.seq_len, dtype=torch.long, device=device)
 
     def seconds(f):
         times = []
@@ -93,13 +93,13 @@ def generation(a):
 
     print("tokens a call   cached tok/s   recomputed tok/s   ratio   dynamic, by confidence tok/s")
     for size in (1, 2, 4, 8):
-        groups = a3.random_groups(1, a.seq_len, size, device=device)
+        groups = a3.random_groups(*x.shape, size, device=device)
         t = seconds(lambda groups=groups: model.generate(x, groups))
         t_recompute = seconds(lambda groups=groups: recompute(model, x, groups))
         t_dynamic = seconds(lambda size=size: dynamic(size))
         print(
-            f"{size:13}{a.seq_len / t:15,.0f}{a.seq_len / t_recompute:19,.1f}"
-            f"{t_recompute / t:8.1f}{a.seq_len / t_dynamic:31,.0f}"
+            f"{size:13}{x.numel() / t:15,.0f}{x.numel() / t_recompute:19,.1f}"
+            f"{t_recompute / t:8.1f}{x.numel() / t_dynamic:31,.0f}"
         )
 
 
@@ -150,6 +150,7 @@ def main():
         f"{a.n_layer} layers, {a.n_embd} wide, {a.seq_len} context, {a.vocab_size} tokens, "
         f"{a.dtype}, {a.device}, {a.threads} threads, torch {torch.__version__}"
     )
+    print(f"batch {a.batch_size}, medians of {a.repeats}")
     if a.generate:
         return generation(a)
     memory = {}
@@ -168,7 +169,6 @@ def main():
             if repeat >= 2:  # the first ones warm up
                 times[name].append(time.perf_counter() - began)
 
-    print(f"batch {a.batch_size}")
     print("                         ms/step       (min-max)   tokens/s   / arm   / mdm  peak MB")
     median = {name: statistics.median(t) for name, t in times.items()}
     for name, t in times.items():

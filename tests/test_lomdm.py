@@ -192,7 +192,7 @@ def test_nelbo_is_unbiased(kw, L, bound):
 def test_counts_are_uniform_and_fit_the_logits():
     """k is uniform on {0..length-1} in every block of every row, and `size` always holds the
     masked."""
-    for B, L, K in itertools.product([1, 2, 3, 7, 8], [1, 3, 5, 8, 9], [1, 2, 4, 8]):
+    for B, L, K in itertools.product([1, 2, 3, 7, 8], [1, 3, 5, 7, 8, 9], [1, 2, 4, 8]):
         n, grid = math.ceil(L / K), min(K, L) * ((L - 1) % K + 1)
         lengths = lomdm.block_lengths(L, K)
         assert lengths.tolist() == [min(K, L - b * K) for b in range(n)]
@@ -212,6 +212,28 @@ def test_counts_are_uniform_and_fit_the_logits():
             for row in range(B):
                 uniform = torch.full((lengths[b],), grid // int(lengths[b]))
                 assert torch.equal(k[:, row, b].bincount(minlength=int(lengths[b])), uniform)
+
+
+def test_counts_are_spread_over_rows_and_blocks():
+    for _ in range(10):
+        k = lomdm.spread_counts(8, 16, 4)  # 8 rows, 4 blocks of 4
+        assert (k.amax(1) - k.amin(1) >= 2).all()  # those of a row lie far apart
+        assert torch.equal(
+            k.sort(0).values, torch.arange(4).repeat_interleave(2)[:, None].expand(8, 4)
+        )
+
+
+def test_nelbo_rate_by_hand():
+    """Two masked positions and one visible: 2 (ln 4) + 0.5 (ln 2), and A ln(A / A_hat) - A +
+    A_hat."""
+    p = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]])
+    x, masked = torch.tensor([[0, 1, 1]]), torch.tensor([[True, True, False]])
+    velocity, velocity_hat = torch.tensor([[2.0, 0.5, 3.0]]), torch.tensor([[1.0, 0.5, 7.0]])
+    recon, order = nelbo_rate(p.log(), x, masked, velocity, velocity_hat)
+    assert recon.item() == pytest.approx(2 * math.log(4) + 0.5 * math.log(2))
+    assert order.item() == pytest.approx(2 * math.log(2) - 2 + 1)
+    still = nelbo_rate(p.log(), x, masked, torch.zeros(1, 3), torch.zeros(1, 3))
+    assert still[0] == 0 and still[1] == 0  # outside the window: 0, not 0 / 0
 
 
 # 3 ---- special cases and their fast paths --------------------------------------------------------
@@ -450,6 +472,58 @@ def test_gradient_of_loss_is_that_of_the_bound(block_len, weights, monkeypatch):
             assert b.abs().max() > 1e-6, f"{name} has no gradient to speak of"
 
 
+def test_loss_of_a_batch_by_hand(monkeypatch):
+    """Two texts, two blocks: both orders of a text share its counts, each block has its own pair
+    of losses, log q covers the revealed prefix only, and everything is divided by B L."""
+    model = make(L=6, block_len=3, learn_order=True)
+    x, k = torch.randint(V, (2, 6)), torch.tensor([[1, 2], [2, 0]])
+    orders = torch.stack([torch.stack([torch.randperm(3) for _ in range(2)]) for _ in range(4)])
+    monkeypatch.setattr(lomdm, "spread_counts", lambda *a, **kw: k)
+    monkeypatch.setattr(lomdm, "most_masked", lambda N, K: N * K)
+    monkeypatch.setattr(lomdm, "race", lambda *a: orders)
+    loss, _ = model.loss(x)
+
+    w, total = model.order_weights(x), 0
+    for row, b in itertools.product(range(2), range(2)):
+        losses, log_qs = [], []
+        for draw in range(2):
+            order, n_revealed = orders[row + 2 * draw, b] + 3 * b, k[row, b]
+            z = x[row : row + 1].clone()
+            z[0, order[n_revealed:]] = V
+            open = z[0] == V
+            go = w[row] * open / (w[row] * open).sum()
+            z[0, 3 * (b + 1) :] = V  # the generic model: what comes later is masked
+            w_hat = model.order_weights_hat(z)[0]
+            go_hat = w_hat * open / (w_hat * open).sum()
+            log_mu = model.log_probs(z)[0].gather(-1, x[row, :, None])[:, 0]
+            term = go * (-log_mu + go.log() - go_hat.log())
+            losses.append(3 * term[open].sum())
+            rest, log_q = w[row, 3 * b : 3 * b + 3].sum(), 0
+            for i in order[:n_revealed]:
+                log_q = log_q + (w[row, i] / rest).log()
+                rest = rest - w[row, i]
+            log_qs.append(log_q)
+        surrogate = (losses[0] - losses[1]).detach() * (log_qs[0] - log_qs[1]) / 2
+        total = total + (losses[0] + losses[1]) / 2 + surrogate
+    torch.testing.assert_close(loss, total / (2 * 6))
+
+
+def test_gradients_of_a_short_last_block_are_finite():
+    model = make(L=4, block_len=2, learn_order=True)
+    for _ in range(5):
+        model.loss(texts(3)[:7])[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_order_does_not_shape_the_backbone():
+    """Stop-gradient on f: w trains g alone, and w_hat trains g_hat alone."""
+    for weights_of, head in [("order_weights", "g."), ("order_weights_hat", "g_hat.")]:
+        model = make(learn_order=True)
+        getattr(model, weights_of)(texts(4)).square().sum().backward()
+        for name, p in model.named_parameters():
+            assert (p.grad is not None) == name.startswith(head), name
+
+
 # 8 ---- sampling ----------------------------------------------------------------------------------
 
 
@@ -514,6 +588,44 @@ def test_per_step_calls(m, monkeypatch):
     assert torch.equal(model.sample(x)[0], x) and not calls
 
 
+def test_rows_go_at_their_own_pace():
+    """A row whose first block is given begins with its second, while another begins with its first,
+    and both follow their own exact distributions."""
+    model, n = make(block_len=2, learn_order=True), 30_000
+    z = torch.full((2 * n, 4), V)
+    z[::2, :2] = torch.tensor([1, 2])
+    x, at = model.sample(z, generator=torch.Generator().manual_seed(0))
+    assert at[::2, 2:].max() == 1 and at[1::2].max() == 3
+    for rows, given in [(slice(0, None, 2), {0: 1, 1: 2}), (slice(1, None, 2), {})]:
+        all_x = torch.tensor(
+            [t for t in texts(4).tolist() if all(t[i] == v for i, v in given.items())]
+        )
+        probs = infill_probs(model, all_x, given)
+        code = 3 ** torch.arange(4)
+        counts = (x[rows] * code).sum(-1).bincount(minlength=81)[(all_x * code).sum(-1)]
+        common = n * probs > 6
+        assert counts.sum() == n and probs[~common].sum() < 0.02
+        assert chi_square(counts[common], probs[common] / probs[common].sum()) < 4
+
+
+@every_model
+def test_generators_decide_everything(kw):
+    """The same generator gives the same draws, and the global one is left alone."""
+    model, z, x = make(**kw), torch.full((20, 4), V), texts(4)[:20]
+    calls = {
+        "sample": lambda g: model.sample(z, generator=g)[0],
+        "nelbo": lambda g: model.nelbo(x, generator=g),
+        "nelbo_at": lambda g: model.nelbo_at(x, torch.full((20, 1), 0.6), g)[0],
+    }
+    for name, call in calls.items():
+        before = torch.get_rng_state()
+        first = call(torch.Generator().manual_seed(0))
+        assert torch.equal(before, torch.get_rng_state()), name
+        torch.rand(3)
+        assert torch.equal(first, call(torch.Generator().manual_seed(0))), name
+    assert not torch.equal(calls["sample"](torch.Generator().manual_seed(1)), calls["sample"](None))
+
+
 def test_blocks_are_filled_left_to_right():
     model = make(L=6, block_len=2)
     _, at = model.sample(torch.full((50, 6), V))
@@ -538,7 +650,8 @@ def test_temperature_and_top_k():
         z.repeat(40, 1), temperature=2.0, generator=torch.Generator().manual_seed(0)
     )
     assert chi_square(x[:, 3].bincount(minlength=V), p) < 4
-    for bad in [dict(temperature=-1), dict(per_step=0), dict(top_k=0)]:
+    nan, inf = dict(temperature=math.nan), dict(temperature=math.inf)
+    for bad in [dict(temperature=-1), nan, inf, dict(per_step=0), dict(top_k=0)]:
         with pytest.raises(ValueError, match="temperature must be"):
             model.sample(z, **bad)
 
@@ -606,6 +719,47 @@ def test_full_mask_is_not_symmetric():
     assert model.order_weights_hat(z).std() < 1e-12
 
 
+# ---- the network
+# ----------------------------------------------------------------------------------
+
+
+def test_rotary_attention_knows_distances_only():
+    """Moving all positions alike changes nothing, moving one does; the angles are 10000^(-2j/d)."""
+    model = make(L=12)
+    block, h = model.blocks[0], torch.randn(1, 5, 8)
+    at = lambda pos: block(h, model.cos[pos], model.sin[pos])  # noqa: E731
+    pos = torch.arange(5)
+    torch.testing.assert_close(at(pos), at(pos + 7))
+    assert (at(pos) - at(torch.tensor([0, 1, 2, 3, 9]))).abs().max() > 1e-3
+    j = torch.arange(2.0)  # head_dim 4 has two pairs
+    angle = torch.arange(12.0)[:, None] * 10000 ** (-2 * j / 4)
+    torch.testing.assert_close(model.cos, angle.cos(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.sin, angle.sin(), rtol=0, atol=1e-6)
+
+
+def test_dropout_is_for_training_and_not_for_the_order():
+    plain, x = make(learn_order=True), texts(4)
+    model = make(learn_order=True, dropout=0.5)
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model.log_probs(x), plain.log_probs(x))  # eval
+    model.train()
+    assert not torch.equal(model.log_probs(x), model.log_probs(x))
+    h, attention = plain.features(x)
+    torch.testing.assert_close(
+        model.weigh(model.g, h, attention, 4), plain.weigh(plain.g, h, attention, 4)
+    )
+
+
+def test_weights_stay_in_single_precision_under_autocast():
+    torch.set_default_dtype(torch.float32)
+    model, x = make(learn_order=True), texts(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.order_weights(x).dtype == model.order_weights_hat(x).dtype == torch.float32
+        loss, _ = model.loss(x)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 # ---- the definition and bad input ----------------------------------------------------------------
 
 
@@ -640,7 +794,9 @@ def test_time_form_has_the_papers_bound_as_its_mean(kw):
         (dict(weights="softmax"), "normsig"),
         (dict(learn_order=True, block_len=1), "only one order"),
         (dict(dropout=1.0), "dropout"),
+        (dict(dropout=-0.1), "dropout"),
         (dict(n_layer=0), "n_layer must be at least 1"),
+        (dict(vocab_size=0), "vocab_size must be at least 1"),
     ],
 )
 def test_bad_config(kw, message):
