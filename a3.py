@@ -137,7 +137,7 @@ class Curriculum:
 def rotate(q, cos, sin):
     """Rotary position embedding. q (B, n_head, T, head_dim); cos, sin (B, 1, T, head_dim / 2)."""
     q1, q2 = q.chunk(2, dim=-1)
-    return torch.cat((q1 * cos - q2 * sin, q1 * sin + q2 * cos), dim=-1)
+    return torch.cat((q1 * cos - q2 * sin, q1 * sin + q2 * cos), dim=-1).type_as(q)
 
 
 def who_sees(keys, content, queries):

@@ -7,8 +7,7 @@ schedule (OeMDM, arXiv:2602.02112) and the same loss trains, by its arguments al
     ARM              block_len = 1              left to right, the GPT you know
     MDM              block_len = seq_len        any order, all equally likely (MDLM, LLaDA)
     block diffusion  1 < block_len < seq_len    blocks left to right, any order inside (BD3-LM)
-    LoMDM            learn_order = True         an order learned with the model, seeing the
-    attention
+    LoMDM            learn_order = True         an order that is learned, and depends on the text
 
 Read it from top to bottom. x is a clean text (B, L), z the same text with some tokens replaced by
 [MASK], and mu(. | z) the network's token distribution at each position. Everything is in nats.
@@ -17,8 +16,12 @@ Read it from top to bottom. x is a clean text (B, L), z the same text with some 
     at t = 0 to 0 at t = 1. Backwards in time, a masked i is revealed at the rate
         A^i = -d_t alpha^i / (1 - alpha^i).                                     -> schedule()
 
-(2) The bound. The model reveals i at its own rate A_hat^i, with a token from mu. The KL divergence
-    between the two jump processes bounds the likelihood:                       -> nelbo_rate()
+    A rate means: in a short time dt it happens with probability A^i dt. z_t is the text at time t.
+
+(2) The bound. The model starts from all [MASK] and reveals i at its own rate A_hat^i, with a token
+    from mu. The noise run backwards is such a process too, but one that ends in x. The KL
+    divergence between the two is at least -log p(x):                                      ->
+    nelbo_rate()
         -log p(x) <= int_0^1 E_z sum_{i masked} [ A^i (-log mu^i(x_i))                        recon
                                                 + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt order
 
@@ -28,15 +31,16 @@ Read it from top to bottom. x is a clean text (B, L), z the same text with some 
     In LoMDM one network reads w off the clean x, in training only; another guesses w_hat from z.
 
 (4) Time drops out. What is generated depends on the order of the positions only, so the part of (2)
-    that compares *when* they are revealed, W log(W / W_hat) - W + W_hat >= 0, can go. What is left,
-    the jump bound, is never looser. Nor does it need a time: reveal k positions of the race,
-    k uniform on {0..L-1}, let S be the rest, and                               -> LoMDM.estimate()
+    that compares *when* they are revealed, [W log(W / W_hat) - W + W_hat] / t >= 0, can go. What is
+    left, the jump bound, is never looser. Nor does it need a time: reveal the first k positions of
+    a race, k uniform on {0..L-1}, let S be the rest, and                       -> LoMDM.estimate()
         L sum_S (w_i / W) [ -log mu^i(x_i) + log(w_i / W) - log(w_hat_i / W_hat) ]
     has the same expectation. For w = 1 it is the familiar (L / |S|) sum_S -log mu^i(x_i). Blocks
     are revealed one after another and add up: S is then the masked part of a block, L its length.
 
-(5) The gradient in w. The race is a discrete draw; run it twice for each x and compare (RLOO).
-                                                                                -> LoMDM.loss()
+(5) The gradient in w. Which order came out of the race is a discrete draw: autograd cannot see how
+    w changed it. Draw two for each x, and the one with the smaller loss becomes likelier: REINFORCE
+    with the other draw as its baseline, "leave one out" or RLOO.               -> LoMDM.loss()
 """
 
 import math
@@ -56,11 +60,11 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    block_len: int | None = None  # None: seq_len, one block
+    block_len: int | None = None  # None becomes seq_len, one block
     learn_order: bool = False
     c1: float = 0.7  # w = c1 + c2 * something in (-1, 1). Only c2 / c1 matters to the bound, since
     c2: float = 0.65  # t -> t^c1 is a change of clock; c2 = 0 is MDM. c1 > c2 keeps w positive
-    weights: str = "normsig"  # or "exp": w = exp(g - mean g), not bounded by c1 and c2
+    weights: str = "normsig"  # or "exp": w = exp(g - mean g), |g| < 8, whatever c1 and c2 are
 
     def __post_init__(self):
         self.block_len = self.seq_len if self.block_len is None else self.block_len
@@ -95,7 +99,7 @@ class Config:
 def schedule(t, seq_len, block_len, w=1.0):
     """Equation (1) for the one family of schedules that this file needs.
 
-    Block b of n (0 is revealed first) runs on a clock of its own, which has t's last n-th:
+    While t falls from 1 to 0, n blocks take turns, block 0 first, each with a clock of its own:
         tau_b(t) = clamp(n t - (n - 1 - b), 0, 1),   alpha^i = 1 - tau^{w_i},   A^i = n w_i / tau.
 
     t (B, 1) in [0, 1]; w a number or (B, L). Returns alpha and the velocity A, both (B, L). A is 0
@@ -159,7 +163,7 @@ def prefix_log_prob(w, order, prefix):
     """
     w = w.gather(-1, order)
     remaining = w.flip(-1).cumsum(-1).flip(-1)
-    # fill before the logarithm: filling after it leaves 0 * inf in the gradient
+    # padding has w = remaining = 0: fill first, and nothing is ever nan
     return (w.masked_fill(~prefix, 1).log() - remaining.masked_fill(~prefix, 1).log()).sum(-1)
 
 
@@ -182,8 +186,8 @@ def spread_counts(B, L, K, generator=None, device=None):
 
 def most_masked(N, K):
     """sum_{j < N} (K - floor(j K / N)): no turn in spread_counts leaves more positions masked in N
-    blocks of length K. A number that depends on shapes only keeps every tensor's size fixed
-    (torch.compile), and logits are made for half the positions."""
+    blocks of length K. Logits are then needed for (K + 1) / 2 of every K positions, and as the
+    number depends on shapes only, no tensor changes its size (torch.compile)."""
     return N * K - ((K - 1) * (N - 1) + math.gcd(K, N) - 1) // 2
 
 
@@ -194,7 +198,7 @@ def most_masked(N, K):
 def rotate(q, cos, sin):
     """Rotary position embedding. q (B, n_head, T, head_dim); cos, sin (T, head_dim / 2)."""
     q1, q2 = q.chunk(2, dim=-1)
-    return torch.cat((q1 * cos - q2 * sin, q1 * sin + q2 * cos), dim=-1)
+    return torch.cat((q1 * cos - q2 * sin, q1 * sin + q2 * cos), dim=-1).type_as(q)
 
 
 class Block(nn.Module):
@@ -220,7 +224,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, n_head, T, head_dim), as v
         mask = None if mask is None else mask[:read]
-        y = F.scaled_dot_product_attention(q[:, :, :read], k, v, mask, drop, causal)
+        y = F.scaled_dot_product_attention(q[:, :, :read], k, v, mask, drop, causal)  # as q
         h = h[:, :read] + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), drop)
         gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, read, hidden) each
         return h + F.dropout(self.down(F.silu(gate) * up), drop)
@@ -229,7 +233,7 @@ class Block(nn.Module):
 class OrderHead(nn.Module):
     """g: one block and a linear map to a number per position. The zero map at the start makes all w
     equal, which is exactly MDM, so training leaves the uniform order only if that pays. No dropout:
-    both draws of (5) must see the same w."""
+    w and w_hat are to match, and noise in them would be paid for in the order term."""
 
     def __init__(self, config):
         super().__init__()
@@ -242,7 +246,8 @@ class OrderHead(nn.Module):
 
 
 class LoMDM(nn.Module):
-    """ARM, MDM, block diffusion and LoMDM: which one, the Config says."""
+    """ARM, MDM, block diffusion and LoMDM: which one, the Config says. Call eval() before nelbo()
+    and sample(). Generators live on the model's device; None is the global one."""
 
     def __init__(self, config):
         super().__init__()
@@ -319,7 +324,7 @@ class LoMDM(nn.Module):
         is over i's block: only ratios inside it matter. The order may read the backbone's features
         but not shape them: stop-gradient on f."""
         c, K = self.config, self.config.block_len
-        v = g(h.detach(), *attention, L).to(self.wte.weight.dtype)  # bfloat16 is too coarse for w
+        v = g(h.detach(), *attention, L).to(self.wte.weight.dtype)  # autocast made it bfloat16
         v = torch.sigmoid(v) if c.weights == "normsig" else 8 * torch.tanh(v / 8)  # |v| < 8
         v = to_blocks(v, K)  # (B, n, K)
         v = v - v.sum(-1, keepdim=True) / block_lengths(L, K, v.device)[:, None]
@@ -341,11 +346,16 @@ class LoMDM(nn.Module):
         h, attention = self.features(z)
         return self.weigh(self.g_hat, h, attention, z.shape[1])
 
+    def logits(self, h):
+        """(..., n_embd) -> (..., V), in float32 under autocast: bfloat16 is too coarse for
+        likelihoods."""
+        return self.lm_head(h).to(self.wte.weight.dtype)
+
     def log_probs(self, z):
-        """log mu (B, L, V) for any z (B, L) of tokens and mask_id: position i looks at its own
-        block and those before it; an ARM's looks at the tokens before it, so its predictions make
-        sense everywhere, the others' at masked positions."""
-        return F.log_softmax(self.lm_head(self.features(z)[0]), dim=-1)
+        """log mu (B, L, V) for any z (B, L) of tokens and mask_id. Position i reads its own block
+        and those before it, and its prediction is meant for a masked i. An ARM's reads the tokens
+        before i, and is meant for every i."""
+        return F.log_softmax(self.logits(self.features(z)[0]), dim=-1)
 
     def masked_nll(self, h, x, masked, size):
         """-log mu^i(x_i) at the masked positions, 0 elsewhere: (B, L). Logits are made for `size`
@@ -353,7 +363,7 @@ class LoMDM(nn.Module):
         memory."""
         masked = masked.flatten()  # (B L,)
         chosen = masked.int().argsort(descending=True, stable=True)[:size]
-        logits = self.lm_head(h.flatten(0, 1)[chosen])  # (size, V)
+        logits = self.logits(h.flatten(0, 1)[chosen])  # (size, V)
         nll = F.cross_entropy(logits, x.flatten()[chosen], reduction="none") * masked[chosen]
         return nll.new_zeros(masked.shape).scatter(0, chosen, nll).view_as(x)
 
@@ -363,20 +373,22 @@ class LoMDM(nn.Module):
         Returns recon, order, timing and log_q, (B, n) each, nats per block. recon + order estimates
         the jump bound. Adding timing, L [W_hat / W - 1 - log(W_hat / W)], gives the paper's: jumps
         come at the rate W / t, so an integral over time of g(S) / t is a sum over jumps of g(S) /
-        W. log_q is the log-probability of the revealed prefix, through which (5) differentiates."""
+        W. log_q is the log-probability of the revealed prefix, the only part of the order that the
+        loss depends on: more of it would add noise to (5)."""
         L, K = x.shape[1], w.shape[-1]
         ranking = race(w.detach(), generator)  # (B, n, K)
         masked = (ranking.argsort(dim=-1) >= k[..., None]) & (w > 0)  # padding has w = 0
-        hidden = from_blocks(masked, L)
-        h, attention = self.features(x.masked_fill(hidden, self.mask_id), x)
-        nll = to_blocks(self.masked_nll(h[:, :L], x, hidden, size), K)
+        hide = from_blocks(masked, L)  # (B, L)
+        h, attention = self.features(x.masked_fill(hide, self.mask_id), x)
+        nll = to_blocks(self.masked_nll(h[:, :L], x, hide, size), K)  # (B, n, K)
         w_hat = torch.ones_like(w)
         if self.config.learn_order:
             w_hat = to_blocks(self.weigh(self.g_hat, h, attention, L), K)
 
         W = (w * masked).sum(-1, keepdim=True)  # (B, n, 1)
         W_hat = (w_hat * masked).sum(-1, keepdim=True)
-        next_up = (w / W).masked_fill(~masked, 1)  # 1 where visible: log 1 = 0 and nll = 0 there
+        # (B, n, K): who is next. 1 where visible, as log 1 = 0, and nll = 0 there
+        next_up = (w / W).masked_fill(~masked, 1)
         next_up_hat = (w_hat / W_hat).masked_fill(~masked, 1)
         length = block_lengths(L, K, x.device)  # (n,)
         recon = length * (next_up * nll).sum(-1)
@@ -415,7 +427,7 @@ class LoMDM(nn.Module):
             "nelbo": nelbo,
             "recon": recon.sum() * per_token,
             "order": order.sum() * per_token,
-            "w_std": weights.std(correction=0) / weights.mean(),  # 0: a uniformly random order
+            "w_spread": weights.std(correction=0) / weights.mean(),  # 0: a uniformly random order
         }
         return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -424,17 +436,20 @@ class LoMDM(nn.Module):
         """Unbiased estimate (B,) of a bound on -log p(x), nats per sequence: the mean over n_draws
         of an order and a count. bound: "jump" (4), or "paper" (2), which is never smaller. For an
         ARM both are -log p(x) itself, whatever is drawn."""
-        if bound not in ("jump", "paper"):
-            raise ValueError(f"bound must be 'jump' or 'paper', not {bound!r}")
+        if bound not in ("jump", "paper") or n_draws < 1:
+            raise ValueError(f"bound must be 'jump' or 'paper', not {bound!r}, and n_draws >= 1")
         (B, L), K = x.shape, self.config.block_len
-        rows = []
-        for part in x.repeat(n_draws, 1).split(max(B, 2**14 // L)):  # 16k tokens a pass
-            w = to_blocks(self.order_weights(part), K)
-            k = spread_counts(len(part), L, K, generator, x.device)
+        w = to_blocks(self.order_weights(x), K)  # (B, n, K), the same for all draws
+        rows, totals = max(B, 2**14 // L), []  # a draw of all texts a pass, or 16k tokens
+        many = zip(
+            x.repeat(n_draws, 1).split(rows), w.repeat(n_draws, 1, 1).split(rows), strict=True
+        )
+        for x_, w_ in many:
+            k = spread_counts(len(x_), L, K, generator, x.device)
             size = most_masked(k.numel(), w.shape[-1])
-            recon, order, timing, _ = self.estimate(part, w, k, size, generator)
-            rows.append((recon + order + (timing if bound == "paper" else 0)).sum(-1))
-        return torch.cat(rows).view(n_draws, B).mean(0)
+            recon, order, timing, _ = self.estimate(x_, w_, k, size, generator)
+            totals.append((recon + order + (timing if bound == "paper" else 0)).sum(-1))
+        return torch.cat(totals).view(n_draws, B).mean(0)
 
     def nelbo_at(self, x, t, generator=None):
         """The definition: the integrand (2) at the times t (B, 1), one z_t each. Its mean over
@@ -453,8 +468,10 @@ class LoMDM(nn.Module):
         """Fill the mask_id positions of z (B, L): all of it, what follows a prompt, gaps in a text.
 
         A network call picks per_step positions by the race (3) with w_hat, among the masked ones of
-        each row's first unfinished block, and their tokens from mu. With per_step = 1 this draws
-        from the model exactly, no clock needed, as the network does not see the time; with more,
+        each row's first unfinished block, and their tokens from mu. With per_step = 1 and no given
+        tokens, or whole blocks of them in front, this draws from p exactly, without a clock, as the
+        network does not see the time. Other given tokens start the process midway: near p(rest |
+        given), but not equal to it, and blind to what is given in later blocks. With more per_step,
         tokens revealed together do not see each other. temperature 0 takes the likeliest token.
         Returns x (B, L) and revealed_at (B, L), the number of the call that filled each position,
         counted from 0, and -1 where it was given.
@@ -469,14 +486,15 @@ class LoMDM(nn.Module):
             if not masked.any():
                 return x, revealed_at
             current = torch.where(masked, b, L).amin(1, keepdim=True)  # (B, 1), L in finished rows
-            open = masked & (b == current)  # (B, L)
-            end = min(L, K * (1 + int(torch.where(open, b, 0).max())))  # what follows is not seen
+            ready = masked & (b == current)  # (B, L)
+            end = min(L, K * (1 + int(torch.where(ready, b, 0).max())))  # what follows is not seen
             h, attention = self.features(x[:, :end])
             w_hat = torch.ones_like(h[..., 0])
             if self.config.learn_order:
                 w_hat = self.weigh(self.g_hat, h, attention, end)
-            pick = race(w_hat * open[:, :end], generator)[:, :per_step]  # (B, m)
-            logits = self.lm_head(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
+            pick = race(w_hat * ready[:, :end], generator)[:, :per_step]  # (B, m)
+            logits = self.logits(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
+            logits = logits - logits.amax(-1, keepdim=True)  # safe to divide by any temperature
             if top_k is not None:
                 worst = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
                 logits = logits.masked_fill(logits < worst, -torch.inf)
@@ -485,6 +503,6 @@ class LoMDM(nn.Module):
             else:
                 p = F.softmax(logits / temperature, dim=-1).flatten(0, 1)  # (B m, V)
                 token = torch.multinomial(p, 1, generator=generator).view_as(pick)
-            drawn = open.gather(1, pick)  # False where fewer than per_step were open
+            drawn = ready.gather(1, pick)  # False where fewer than per_step were ready
             x.scatter_(1, pick, torch.where(drawn, token, x.gather(1, pick)))
             revealed_at.scatter_(1, pick, torch.where(drawn, call, revealed_at.gather(1, pick)))

@@ -41,8 +41,8 @@ PYTHON_DOCS = "python-docs"  # a text that comes with every Python, for machines
 MODELS = ("arm", "mdm", "block", "lomdm", "a3")
 
 SMALL = dict(  # nanoGPT's laptop size
-    n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=1000,
-    eval_interval=250, warmup_iters=100, dtype="float32", compile=False,
+    n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=800,
+    eval_interval=200, warmup_iters=100, dtype="float32", compile=False,
 )  # fmt: skip
 LARGE = dict(  # nanoGPT's size for tinyshakespeare on one GPU
     n_layer=6, n_head=6, n_embd=384, seq_len=256, dropout=0.2, batch_size=64, max_iters=5000,

@@ -277,6 +277,9 @@ def test_loss_is_the_mean_of_nelbo(kw):
     assert abs(values.mean() - expected) < 4 * values.std() / 10 + 1e-12
     _, metrics = model.loss(x)
     torch.testing.assert_close(metrics["recon"] + metrics["order"], metrics["nelbo"])
+    assert (metrics["order"] == 0) == (not kw.get("learn_order", False))
+    w = model.order_weights(x)
+    torch.testing.assert_close(metrics["w_spread"], w.var(correction=0).sqrt() / w.mean())
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 6])
@@ -464,12 +467,11 @@ def test_gradient_of_loss_is_that_of_the_bound(block_len, weights, monkeypatch):
     got = torch.autograd.grad(surrogate_mean, parameters, allow_unused=True)
     want = torch.autograd.grad(bound, parameters, allow_unused=True)
     for name, a, b in zip(names, got, want, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            torch.testing.assert_close(
-                a, b, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
-            )
-            assert b.abs().max() > 1e-6, f"{name} has no gradient to speak of"
+        assert a is not None and b is not None, name
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
+        assert b.abs().max() > 1e-6, f"{name} has no gradient to speak of"
 
 
 def test_loss_of_a_batch_by_hand(monkeypatch):
@@ -808,5 +810,7 @@ def test_bad_calls():
     model = make()
     with pytest.raises(ValueError, match="5 tokens do not fit"):
         model.nelbo(torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="n_draws >= 1"):
+        model.nelbo(texts(4), n_draws=0)
     with pytest.raises(ValueError, match="'jump' or 'paper'"):
         model.nelbo(texts(4), bound="elbo")
