@@ -108,7 +108,9 @@ class Curriculum:
     def __post_init__(self):
         if self.total_steps < 1 or self.group_size < 1:
             raise ValueError("total_steps and group_size must be at least 1")
-        if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+        if len(self.shares) != 3 or not (
+            all(share >= 0 for share in self.shares) and abs(sum(self.shares) - 1) <= 1e-6
+        ):
             raise ValueError(f"shares must be three numbers >= 0 that sum to 1, not {self.shares}")
 
     def stage(self, step):
@@ -196,8 +198,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the committed content, a slot for each: the start token's is 0, token i's
-    is i + 1. The last is a dummy that nobody sees, for rows with less to commit to write to."""
+    """Keys and values of the committed content in slots: the start token's is 0, token i's is
+    i + 1. The last is a dummy that nobody sees, for rows with less to commit to write to."""
 
     def __init__(self, B, L, device=None):
         self.rank = torch.full((B, L + 2), L, device=device)  # of what is in a slot; L for nothing
@@ -244,6 +246,7 @@ def draw(logits, temperature, top_k, generator=None):
     if top_k is not None:
         worst = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < worst, -torch.inf)
+    logits = logits - logits.amax(-1, keepdim=True)  # safe to divide by any temperature
     p = F.softmax(logits / temperature, dim=-1).flatten(0, 1)  # (B m, V)
     return torch.multinomial(p, 1, generator=generator).view(logits.shape[:-1])
 

@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 
 import torch
 
@@ -32,6 +32,10 @@ MODELS = {
     "a3, random order": lambda B, L, device: a3.random_groups(B, L, 1, device=device),
     "a3, random groups of 4": lambda B, L, device: a3.random_groups(B, L, 4, device=device),
 }
+
+
+def fits(seq_len, block_len=1, **_):
+    return seq_len % block_len == 0
 
 
 def make_step(name, a):
@@ -126,9 +130,7 @@ def peak_memory(name, a):
 
 
 def main():
-    p = sample.Parser(
-        description=__doc__.split("\n\n")[0].strip(), formatter_class=ArgumentDefaultsHelpFormatter
-    )
+    p = sample.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--device", default=sample.pick_device(None).type)
     p.add_argument("--batch_size", type=int, default=4)
     p.add_argument("--seq_len", type=int, default=256)
@@ -145,6 +147,11 @@ def main():
     if a.repeats < 1 or a.batch_size < 1 or a.threads < 1:
         raise sample.UserError("--repeats, --batch_size and --threads must be at least 1")
     sample.pick_device(a.device)
+    try:
+        lomdm.Config(a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd)
+    except ValueError as e:
+        raise sample.UserError(str(e)) from None
+    names = [n for n, how in MODELS.items() if callable(how) or fits(a.seq_len, **how)]
     torch.set_num_threads(a.threads)
     print(
         f"{a.n_layer} layers, {a.n_embd} wide, {a.seq_len} context, {a.vocab_size} tokens, "
@@ -154,14 +161,11 @@ def main():
     if a.generate:
         return generation(a)
     memory = {}
-    for name in MODELS:  # first: a new process inherits its parent's peak
+    for name in names:  # first: a new process inherits its parent's peak
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            try:
-                memory[name] = pool.apply(peak_memory, (name, a))
-            except ValueError as e:
-                raise sample.UserError(str(e)) from None
-    steps = {name: make_step(name, a) for name in MODELS}
-    times = {name: [] for name in MODELS}
+            memory[name] = pool.apply(peak_memory, (name, a))
+    steps = {name: make_step(name, a) for name in names}
+    times = {name: [] for name in names}
     for repeat in range(a.repeats + 2):
         for name, step in steps.items():
             began = time.perf_counter()

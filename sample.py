@@ -9,6 +9,7 @@ Print samples from a checkpoint of train_char.py, and when each character was re
 import argparse
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -36,10 +37,22 @@ def run(main):
         stream.reconfigure(errors="replace")  # a console that lacks a character prints ? instead
     try:
         main()
-    except (UserError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {e}" if isinstance(e, UserError) else "interrupted")
-    except BrokenPipeError:  # python sample.py | head
+        sys.stdout.flush()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (
+        BrokenPipeError
+    ):  # python sample.py | head; nobody reads on, not even Python's last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, MemoryError, OverflowError) as e:
+        sys.exit(f"error: {e or 'not enough memory'}")
+    except RuntimeError as e:
+        if "alloc" not in str(e) and "out of memory" not in str(e):
+            raise
+        sys.exit("error: not enough memory; take a smaller model, batch or number of samples")
 
 
 def pick_device(name):
@@ -52,9 +65,8 @@ def pick_device(name):
     except RuntimeError:
         raise UserError(f"--device {name} is none that torch knows; try cpu or cuda") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps}
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there["cuda"] = False
-    if not there.get(device.type, False):
+    n = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not there.get(device.type, False) or (device.index or 0) >= n:
         raise UserError(f"--device {name} asked for, but there is none here; try --device cpu")
     return device
 
@@ -67,25 +79,33 @@ def load_checkpoint(path, device):
             f"no checkpoint at {path}; train one: python train_char.py --out_dir {path.parent}"
         )
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # torch.load fails in many ways on a file that is cut off or something else
-        raise UserError(f"{path} is cut off or not a checkpoint; train again") from None
+        with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums
+            if z.testzip():
+                raise zipfile.BadZipFile
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except Exception:  # torch.load fails in many ways on a file that is something else
+        raise UserError(f"{path} is damaged, cut off or not a checkpoint; train again") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train_char.py; train again")
     try:
         module, name = (a3, "A3") if ckpt["model_name"] == "a3" else (lomdm, "LoMDM")
-        model = getattr(module, name)(module.Config(**ckpt["config"])).to(device)
+        model = getattr(module, name)(module.Config(**ckpt["config"]))
         model.load_state_dict(ckpt["model"])
+        good = len(ckpt["vocab"]) == model.config.vocab_size
     except (ValueError, TypeError, KeyError, RuntimeError):
-        raise UserError(f"{path} does not hold the model that it says; train again") from None
-    return ckpt, model
+        good = False
+    if not good or not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path} does not hold the model that it says; train again")
+    return ckpt, model.to(device)
 
 
 def encode(text, vocab):
     """Characters to token ids, (L,) long."""
     index = {c: i for i, c in enumerate(vocab)}
     if unknown := sorted(set(text) - set(index)):
-        raise UserError(f"{unknown[0]!r} is not in the checkpoint's vocabulary: {''.join(vocab)!r}")
+        raise UserError(f"{unknown[0]!r} does not occur in the text that this model was trained on")
     return torch.tensor([index[c] for c in text], dtype=torch.long)
 
 
@@ -122,18 +142,24 @@ def legend(colour):
     return f"order: revealed first {scale}\033[0m last; plain: given; ↵ ends a line"
 
 
-def render(text, revealed_at, n_calls, colour):
+def printable(c):
+    return c if c.isprintable() else "·"  # an escape sequence in a text must not reach a terminal
+
+
+def render(text, revealed_at, colour):
     """One sample with its order: colours, or a line of digits under each line of text.
 
-    revealed_at: a number for each character, -1 where it was given; n_calls: how many there were.
+    revealed_at: for each character the number of the call that revealed it, -1 where it was given.
     """
-    tenth = ["." if at < 0 else min(9, at * 10 // max(n_calls, 1)) for at in revealed_at]
+    calls = sorted({at for at in revealed_at if at >= 0})
+    scale = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
     out, digits = [], []
-    for c, d in zip(text, tenth, strict=True):
-        c_shown = "↵" if c == "\n" else c if c.isprintable() else "·"
-        plain = d == "." or not colour
-        out.append(c_shown if plain else f"\033[38;5;{EARLY_TO_LATE[d]}m{c_shown}\033[0m")
-        digits.append(str(d))
+    for c, at in zip(text, revealed_at, strict=True):
+        shown, digit = "↵" if c == "\n" else printable(c), scale.get(at, ".")
+        if colour and at >= 0:
+            shown = f"\033[38;5;{EARLY_TO_LATE[digit]}m{shown}\033[0m"
+        out.append(shown)
+        digits.append(str(digit))
         if c == "\n":
             out.append("\n" if colour else f"\n{''.join(digits)}\n")
             digits = []
@@ -147,9 +173,9 @@ def show(texts, revealed_at, order, n_shown):
         print(legend(colour))
     for i, text in enumerate(texts):
         print(f"--- sample {i + 1}")
-        at = revealed_at[i, :n_shown].tolist()
-        n_calls = int(revealed_at[i].max()) + 1
-        print(render(text[:n_shown], at, n_calls, colour) if order else text[:n_shown])
+        text, at = text[:n_shown], revealed_at[i, :n_shown].tolist()
+        plain = "".join(c if c in "\n\t" else printable(c) for c in text)
+        print(render(text, at, colour) if order else plain)
 
 
 def draw(model, z, vocab, seed, by=None, per_step=1, group_size=1, **kw):
@@ -177,13 +203,11 @@ def main(argv=None):
     p.add_argument("--out_dir", default="out", help="where train_char.py wrote ckpt.pt")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to continue")
-    what.add_argument("--infill", help="text with gaps, each _ one character")
+    what.add_argument("--infill", help="text with gaps, each _ one character to fill in")
     p.add_argument("--num_samples", type=int, default=3)
     p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
     p.add_argument("--top_k", type=int, help="draw among the k likeliest characters only")
-    p.add_argument(
-        "--per_step", type=int, help="characters a network call; 1, the default, is exact"
-    )
+    p.add_argument("--per_step", type=int, help="characters a call [1]; more is faster but coarser")
     p.add_argument(
         "--by",
         choices=("left", "random", "confidence", "entropy", "margin"),
@@ -194,8 +218,8 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
     a = p.parse_args(argv)
-    if a.num_samples < 1:
-        raise UserError("--num_samples must be at least 1")
+    if a.num_samples < 1 or not 0 <= a.seed < 2**63:
+        raise UserError("--num_samples must be at least 1, and --seed in [0, 2^63)")
     ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))
     vocab = ckpt["vocab"]
     z, n_shown = template(a.prompt, a.infill, vocab, model.config.seq_len)

@@ -11,9 +11,11 @@ Settings left out follow the device (PRESETS). --help lists them all.
 
 import contextlib
 import hashlib
+import http.client
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -99,7 +101,7 @@ class Settings:
 
 
 MAY_CHANGE = {  # on --resume; the rest is what makes it the same run
-    "resume", "device", "out_dir", "max_iters", "learning_rate", "min_lr", "lr_decay_iters",
+    "resume", "device", "out_dir", "data", "max_iters", "learning_rate", "min_lr", "lr_decay_iters",
     "grad_clip", "eval_interval", "eval_draws", "log_interval", "dtype", "compile", "num_samples",
 }  # fmt: skip
 
@@ -147,21 +149,31 @@ def settle(s, device):
         if s.model not in models and getattr(s, name) != getattr(Settings, name):
             raise UserError(f"--{name} is for --model {' or '.join(models)}, not {s.model}")
     if s.model == "block":
-        s.block_len = s.block_len or 16
+        s.block_len = 16 if s.block_len is None else s.block_len
         if not 1 < s.block_len < s.seq_len:
             raise UserError(
                 f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm"
             )
     for least, names in (
         (1e-12, ("learning_rate", "grad_clip")),
-        (1, ("batch_size", "max_iters", "eval_interval", "eval_draws", "log_interval")),
+        (
+            1,
+            (
+                "batch_size",
+                "max_iters",
+                "lr_decay_iters",
+                "eval_interval",
+                "eval_draws",
+                "log_interval",
+            ),
+        ),
         (0, ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed")),
     ):
         for name in names:
             if not getattr(s, name) >= least:  # NaN is caught as well
                 raise UserError(f"--{name} must be at least {least}")
-    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1):
-        raise UserError("--beta1 and --beta2 must be in [0, 1)")
+    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1 and s.seed < 2**63):
+        raise UserError("--beta1 and --beta2 must be in [0, 1), and --seed below 2^63")
 
 
 def make_model(s, vocab_size):
@@ -200,19 +212,23 @@ def write_file(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {e}") from None
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write {path}: {e.strerror}") from None
+        if isinstance(e, RuntimeError):  # how torch.save reports it
+            raise UserError(f"cannot write {path}: is the disk full?") from None
+        raise
 
 
 def shakespeare():
     """The bytes of tinyshakespeare, downloaded once; None without network."""
-    if not SHAKESPEARE.exists():
+    if not SHAKESPEARE.is_file():
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
                 raw = response.read()
-        except OSError as e:  # URLError, time-outs and broken connections are all OSErrors
+        except (OSError, http.client.HTTPException) as e:  # no network, or the connection broke off
             print(f"no tinyshakespeare ({e}); training on Python's own documentation instead")
             return None
         if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
@@ -317,8 +333,7 @@ def evaluate(nats_of, val, s, device):
 
 
 def autocast(s, device):
-    on = s.dtype == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if on else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -345,7 +360,7 @@ class Run:
         self.loss_of = self.model.loss
         if s.compile:
             self.loss_of = torch.compile(self.model.loss, dynamic=False)
-        self.curriculum = make_curriculum(s)
+        self.curriculum = make_curriculum(s) if s.model == "a3" else None
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [
@@ -365,8 +380,6 @@ class Run:
             len(self.train) - self.s.seq_len + 1, (self.s.batch_size, 1), generator=self.windows
         )
         x = self.train[start + torch.arange(self.s.seq_len)]
-        if self.device.type == "cuda":
-            return x.pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
 
     def loss(self):
@@ -383,7 +396,7 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return dict(
             format=FORMAT, model_name=self.s.model, config=asdict(self.model.config),
-            vocab=self.vocab, settings=asdict(self.s), data=self.s.data, data_sha256=self.sha256,
+            vocab=self.vocab, settings=asdict(self.s), data_sha256=self.sha256,
             step=self.step, best=self.best, seconds=self.seconds, rng=rng,
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
         )  # fmt: skip
@@ -421,19 +434,22 @@ class Run:
             for kind, nats_of in figures(self.model, self.s).items()
         }
         self.model.train()
-        for kind, (val, error) in found.items():
-            if not math.isfinite(val):
-                raise UserError(self.nan_message(self.step))
-            tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
-            self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
         val, _ = next(iter(found.values()))
+        if not math.isfinite(val):
+            raise UserError(self.nan_message(self.step))
         better, self.best = val < self.best, min(val, self.best)
         self.save(better)
+        for kind, (val, error) in found.items():
+            self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
+            tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
 
     def go(self):
         """Train up to max_iters; Ctrl-C stops between two steps, with everything saved."""
         s, stop = self.s, []
         old = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(1))
+        if self.step >= s.max_iters:  # stopped before, or nothing left to do
+            print(f"already at step {self.step}; a larger --max_iters goes on")
+            self.validate()
         bar = tqdm(total=s.max_iters, initial=self.step, unit="step", dynamic_ncols=True)
         pending, began = [], time.perf_counter()  # the losses since the last log line
         self.model.train()
@@ -472,7 +488,7 @@ class Run:
                 bar.close()
                 raise UserError(
                     f"stopped at step {self.step}, all saved; go on with: "
-                    f"python train_char.py --resume --out_dir {s.out_dir}"
+                    f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
                 )
             if not pending:
                 began = time.perf_counter()
@@ -480,11 +496,11 @@ class Run:
         signal.signal(signal.SIGINT, old)
 
     def nan_message(self, step):
-        last = f"{self.out / 'last.pt'} (step {self.saved_at})" if self.saved_at else "none yet"
-        return (
-            f"the loss or its gradient is not finite at step {step}; last good checkpoint: {last}; "
-            "go on from it with --resume and a lower --learning_rate or --grad_clip"
-        )
+        what = f"the loss or its gradient is not finite at step {step}; last good checkpoint: "
+        if not self.saved_at:
+            return what + "none yet; try a lower --learning_rate or --grad_clip"
+        last = f"{self.out / 'last.pt'} (step {self.saved_at})"
+        return what + f"{last}; --resume with a lower --learning_rate or --grad_clip"
 
 
 def load_arm(s, device):
@@ -504,9 +520,12 @@ def begin(given):
     """A new run. Files of an earlier one in out_dir are moved aside, not lost."""
     s = Settings(**given)
     device = sample.pick_device(s.device)
-    arm = load_arm(s, device) if s.init_from and s.model == "a3" else None
+    s.device = str(device)
+    arm = load_arm(s, device) if s.init_from is not None and s.model == "a3" else None
     settle(s, device)
     run = Run(s, device)
+    if run.out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError("--out_dir must be a folder of its own, not the one you are in")
     if arm:
         if arm["vocab"] != run.vocab:
             raise UserError(f"the ARM in {s.init_from} has another vocabulary than --data {s.data}")
@@ -514,11 +533,16 @@ def begin(given):
             print(run.model.load_arm(arm["model"]))
         except ValueError as e:
             raise UserError(f"--init_from {s.init_from}: {e}") from None
-    if run.out.is_dir() and any((run.out / name).exists() for name in ("ckpt.pt", "last.pt")):
+    if any((run.out / name).exists() for name in ("ckpt.pt", "last.pt", "log.jsonl")):
         n = next(n for n in range(1, 10**6) if not Path(f"{run.out}.{n}").exists())
-        os.rename(run.out, f"{run.out}.{n}")
+        try:
+            os.rename(run.out, f"{run.out}.{n}")
+        except OSError as e:
+            raise UserError(
+                f"cannot move the earlier run in {run.out} aside: {e.strerror}"
+            ) from None
         print(f"{run.out} held an earlier run; it is now {run.out}.{n}")
-    header = dict(settings=asdict(s), data=s.data, data_sha256=run.sha256, torch=torch.__version__)
+    header = dict(settings=asdict(s), data_sha256=run.sha256, torch=torch.__version__)
     write_file(run.out / "log.jsonl", lambda path: path.write_text(json.dumps(header) + "\n"))
     return run
 
@@ -526,26 +550,39 @@ def begin(given):
 def resume(given):
     """The run in out_dir, as it was at its last checkpoint."""
     path = Path(given.get("out_dir", Settings.out_dir)) / "last.pt"
-    device = sample.pick_device(given.get("device"))
-    ckpt, _ = sample.load_checkpoint(path, device)
-    saved = ckpt["settings"]
-    for name, value in given.items():
-        if name not in MAY_CHANGE and value != saved[name]:
-            raise UserError(
-                f"--{name} {value} is not what the run in {path.parent} has ({saved[name]}); "
-                "leave it out, or start a new run without --resume"
-            )
-    s = Settings(**(saved | given))
-    s.data = ckpt["data"]
-    settle(s, device)
-    run = Run(s, device)
-    run.restore(ckpt)
-    log = run.out / "log.jsonl"  # without what came after the checkpoint: it will come again
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    lines = [line for line in lines if line.endswith("}")]  # one may be cut off
-    lines = [line for line in lines if json.loads(line).get("step", 0) <= run.step]
-    write_file(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+    ckpt, _ = sample.load_checkpoint(path, "cpu")
+    try:
+        saved = ckpt["settings"] | {"out_dir": str(path.parent)}  # it may have been moved
+        for name, value in given.items():
+            if name not in MAY_CHANGE and value != saved[name]:
+                raise UserError(
+                    f"--{name} {value} is not what the run in {path.parent} has ({saved[name]}); "
+                    "leave it out, or start a new run without --resume"
+                )
+        if "learning_rate" in given:
+            saved["min_lr"] = None  # a tenth of the new one
+        s = Settings(**(saved | given))
+        device = sample.pick_device(s.device)
+        settle(s, device)
+        run = Run(s, device)
+        run.restore(ckpt)
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{path} is incomplete, or from another version; train again") from None
+    if s.max_iters > s.lr_decay_iters:
+        print(f"the learning rate stays at {s.min_lr:g} after step {s.lr_decay_iters}")
+    log = run.out / "log.jsonl"
+    lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
+    lines = [line + "\n" for line in lines if logged_by(line, run.step)]
+    write_file(log, lambda path: path.write_text("".join(lines)))
     return run
+
+
+def logged_by(line, step):
+    """Whether a line of log.jsonl is older than the checkpoint; what is younger will come again."""
+    try:
+        return json.loads(line).get("step", 0) <= step
+    except (ValueError, TypeError, AttributeError):  # cut off, or not ours
+        return False
 
 
 def main(argv=None):
