@@ -44,11 +44,11 @@ MODELS = ("arm", "mdm", "block", "lomdm", "a3")
 
 SMALL = dict(  # nanoGPT's laptop size
     n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=800,
-    eval_interval=200, warmup_iters=100, dtype="float32", compile=False,
+    eval_interval=200, dtype="float32", compile=False,
 )  # fmt: skip
 LARGE = dict(  # nanoGPT's size for tinyshakespeare on one GPU
     n_layer=6, n_head=6, n_embd=384, seq_len=256, dropout=0.2, batch_size=64, max_iters=5000,
-    eval_interval=250, warmup_iters=100, dtype="bfloat16", compile=True,
+    eval_interval=250, dtype="bfloat16", compile=True,
 )  # fmt: skip
 PRESETS = {"cpu": SMALL, "mps": SMALL, "cuda": LARGE}
 
@@ -69,23 +69,23 @@ class Settings:
     seed: int = flag(1337, "of weights, batches and orders")
     # model
     seq_len: int | None = flag(None, "characters in a window")
-    n_layer: int | None = flag(None, "")
-    n_head: int | None = flag(None, "")
-    n_embd: int | None = flag(None, "")
-    dropout: float | None = flag(None, "")
+    n_layer: int | None = flag(None, "blocks")
+    n_head: int | None = flag(None, "attention heads")
+    n_embd: int | None = flag(None, "width")
+    dropout: float | None = flag(None, "0 on CPU, 0.2 on CUDA")
     block_len: int | None = flag(None, "block: characters in a block (16); lomdm: one block")
     c1: float = flag(0.7, "lomdm: w = c1 + c2 (sigmoid - mean sigmoid)")
     c2: float = flag(0.65, "lomdm: 0 keeps the order uniform")
     weights: str = flag("normsig", "lomdm: as above, or w = exp(g - mean g)", ("normsig", "exp"))
     group_size: int = flag(1, "a3: of the random partitions in stage 3")
-    shares: str = flag("0.2,0.3,0.5", "a3: of the steps, for stages 1 to 3; 0,0,1 skips two")
+    shares: str = flag("0.2,0.3,0.5", "a3: of the steps in stages 1, 2, 3")
     init_from: str | None = flag(None, "a3: out_dir of an ARM to start from")
     # optimisation
     batch_size: int | None = flag(None, "windows a step; lomdm draws two orders for each")
     max_iters: int | None = flag(None, "steps")
     learning_rate: float = flag(1e-3, "the highest; linear warm-up, then a cosine")
     min_lr: float | None = flag(None, "the lowest, by default a tenth of the highest")
-    warmup_iters: int | None = flag(None, "")
+    warmup_iters: int | None = flag(None, "steps of warm-up, by default 100 or a tenth of all")
     lr_decay_iters: int | None = flag(None, "end of cosine and curriculum [max_iters]")
     weight_decay: float = flag(0.1, "")
     beta1: float = flag(0.9, "")
@@ -95,7 +95,7 @@ class Settings:
     eval_interval: int | None = flag(None, "steps between validations and checkpoints")
     eval_draws: int = flag(1, "orders drawn for each validation window")
     log_interval: int = flag(10, "steps between lines in log.jsonl")
-    dtype: str | None = flag(None, "of autocast", ("float32", "bfloat16"))
+    dtype: str | None = flag(None, "of the forward pass", ("float32", "bfloat16"))
     compile: bool | None = flag(None, "torch.compile the loss")
     num_samples: int = flag(2, "samples printed at the end")
 
@@ -143,6 +143,8 @@ def settle(s, device):
             setattr(s, name, value)
     if s.lr_decay_iters is None:
         s.lr_decay_iters = s.max_iters
+    if s.warmup_iters is None:
+        s.warmup_iters = min(100, s.lr_decay_iters // 10)
     if s.min_lr is None:
         s.min_lr = s.learning_rate / 10
     for name, models in FOR.items():
