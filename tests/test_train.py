@@ -99,6 +99,16 @@ def test_resume_is_exact(work, model):
     assert not same(a["model"], checkpoint("other/last.pt")["model"])
 
 
+def test_resume_remembers_the_best(work):
+    """A checkpoint that is worse than one before the stop does not become ckpt.pt."""
+    train("--max_iters 2 --eval_interval 1")
+    torch.save(checkpoint("out/last.pt") | {"best": 0.5}, "out/last.pt")
+    before = Path("out/ckpt.pt").read_bytes()
+    train("--resume --max_iters 4", base="")
+    assert checkpoint("out/last.pt")["best"] == 0.5
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
 def test_ctrl_c_saves_and_resumes(work):
     flags = f"--data text.txt {TINY} --eval_interval 100000 --max_iters 100000"
     script = [sys.executable, str(ROOT / "train_char.py")]
@@ -332,7 +342,7 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(work, monkeypatch):
 
 def test_a_full_disk_keeps_the_old_checkpoint(work, monkeypatch):
     train("--max_iters 2 --eval_interval 2")
-    before = Path("out/last.pt").read_bytes()
+    before = {name: Path("out", name).read_bytes() for name in ("last.pt", "ckpt.pt")}
 
     def full(obj, path):
         Path(path).write_bytes(b"half")
@@ -341,7 +351,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(work, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="cannot write out.*: is the disk full"):
         train("--resume --max_iters 4", base="")
-    assert Path("out/last.pt").read_bytes() == before
+    assert all(Path("out", name).read_bytes() == before[name] for name in before)
     assert not list(work.glob("out/*.tmp"))
 
 
