@@ -71,21 +71,15 @@ class Config:
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "block_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % (2 * self.n_head):  # rotary embeddings turn pairs of channels
-            raise ValueError(
-                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}), "
-                "with an even quotient"
-            )
-        if self.seq_len % self.block_len:
-            raise ValueError(
-                f"seq_len ({self.seq_len}) must be divisible by block_len ({self.block_len})"
-            )
-        if self.learn_order and self.block_len == 1:
+        C, H, L, K = self.n_embd, self.n_head, self.seq_len, self.block_len
+        if C % (2 * H):  # rotary embeddings turn pairs of channels
+            raise ValueError(f"n_embd ({C}) must be divisible by n_head ({H}), with even quotient")
+        if L % K:
+            raise ValueError(f"seq_len ({L}) must be divisible by block_len ({K})")
+        if self.learn_order and K == 1:
             raise ValueError("learn_order needs block_len > 1: one token has only one order")
         if not self.c1 > self.c2 >= 0:
-            raise ValueError(
-                f"c1 ({self.c1}) must be above c2 ({self.c2}), and c2 not negative: w is positive"
-            )
+            raise ValueError(f"c1 ({self.c1}) must be above c2 ({self.c2}), and c2 not negative")
         if self.weights not in ("normsig", "exp"):
             raise ValueError(f"weights must be 'normsig' or 'exp', not {self.weights!r}")
         if not 0 <= self.dropout < 1:
@@ -358,9 +352,8 @@ class LoMDM(nn.Module):
         return F.log_softmax(self.logits(self.features(z)[0]), dim=-1)
 
     def masked_nll(self, h, x, masked, size):
-        """-log mu^i(x_i) at the masked positions, 0 elsewhere: (B, L). Logits are made for `size`
-        places only, no fewer than are masked: with a large vocabulary they take most of the
-        memory."""
+        """-log mu^i(x_i) at the masked positions, 0 elsewhere: (B, L). Logits, most of the memory
+        if the vocabulary is large, are made for `size` places only, no fewer than are masked."""
         masked = masked.flatten()  # (B L,)
         chosen = masked.int().argsort(descending=True, stable=True)[:size]
         logits = self.logits(h.flatten(0, 1)[chosen])  # (size, V)
