@@ -14,21 +14,20 @@ Read it from top to bottom. x is a clean text (B, L), z the same text with some 
 
 (1) The noise. Position i is still visible at time t with probability alpha^i(t), which falls from 1
     at t = 0 to 0 at t = 1. Backwards in time, a masked i is revealed at the rate
-        A^i = -d_t alpha^i / (1 - alpha^i).                                     -> schedule()
-
-    A rate means: in a short time dt it happens with probability A^i dt. z_t is the text at time t.
+        A^i = -d_t alpha^i / (1 - alpha^i):                                     -> schedule()
+    in a short time dt it happens with probability A^i dt. z_t is the text at time t.
 
 (2) The bound. The model starts from all [MASK] and reveals i at its own rate A_hat^i, with a token
     from mu. The noise run backwards is such a process too, but one that ends in x. The KL
-    divergence between the two is at least -log p(x):                                      ->
-    nelbo_rate()
+    divergence between the two is at least -log p(x):                           -> nelbo_rate()
         -log p(x) <= int_0^1 E_z sum_{i masked} [ A^i (-log mu^i(x_i))                        recon
                                                 + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt order
 
 (3) The order. Take alpha^i = 1 - t^{w_i}: position i is revealed at time U^{1/w_i}, U uniform, so
     among the masked set S the next one is i with probability w_i / W, W = sum_S w. This is a
     Plackett-Luce ranking, an exponential race with the rates w.                -> race()
-    In LoMDM one network reads w off the clean x, in training only; another guesses w_hat from z.
+    In LoMDM one network reads w off the clean x, in training only; another guesses w_hat from z,
+    and W_hat = sum_S w_hat.
 
 (4) Time drops out. What is generated depends on the order of the positions only, so the part of (2)
     that compares *when* they are revealed, [W log(W / W_hat) - W + W_hat] / t >= 0, can go. What is
