@@ -721,8 +721,7 @@ def test_full_mask_is_not_symmetric():
     assert model.order_weights_hat(z).std() < 1e-12
 
 
-# ---- the network
-# ----------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 def test_rotary_attention_knows_distances_only():

@@ -50,8 +50,7 @@ def same(a, b):
     return a == b
 
 
-# ---- training
-# -------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", train_char.MODELS)
@@ -214,8 +213,7 @@ def test_shakespeare(work, monkeypatch, capsys):
         train("--max_iters 1", base=TINY)
 
 
-# ---- mistakes
-# -------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -409,8 +407,7 @@ def test_scripts_print_one_line_and_exit_1(trained):
         assert got.stderr.startswith("error: ") and got.stderr.count("\n") == 1
 
 
-# ---- sampling
-# -------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def test_prompt_seed_and_order(trained, monkeypatch, capsys):
