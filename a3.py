@@ -45,6 +45,9 @@ from itertools import count
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 2**26  # that are in memory at a time: 256 MiB
 
 
 @dataclass
@@ -269,7 +272,8 @@ class A3(nn.Module):
         self.wpe_query = nn.Embedding(config.seq_len, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(C, eps=1e-5)
-        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)  # the start token has no row
+        # The start token is never predicted, nor is what fills the rows up to a multiple of 64.
+        self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
 
         half = C // config.n_head // 2
         angle = torch.outer(torch.arange(config.seq_len + 1), 1e4 ** (-torch.arange(half) / half))
@@ -305,8 +309,23 @@ class A3(nn.Module):
             h = block(h, n, rotary, sees, cache, last=block is self.blocks[-1])
         return self.norm(h)
 
-    def features(self, x, groups):
-        """(3) The final query states (B, L, n_embd) of all positions, each in its place."""
+    def logits(self, h):
+        """(..., n_embd) -> (..., V)"""
+        return self.lm_head(h)[..., : self.config.vocab_size]
+
+    def nll(self, h, x):
+        """-log p(x) for query states h (N, n_embd) and tokens x (N,): (N,). With a large vocabulary
+        logits are most of the memory, so no more than MAX_LOGITS exist at a time: beyond that they
+        come in chunks, and again in the backward pass."""
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(x) <= rows:
+            return F.cross_entropy(self.logits(h), x, reduction="none")
+        chunks = zip(h.split(rows), x.split(rows), strict=True)
+        return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def features(self, x, groups, single=None):
+        """(3) The final query states (B, L, n_embd) of all positions, each in its place. single:
+        whether every group has one token; None finds out, for which a GPU has to stop."""
         self.check(x, groups)
         rank = groups.clamp(min=-1)  # (B, L): all given tokens are one group, before the others
         order = rank.argsort(dim=1, stable=True)  # (B, L)
@@ -314,7 +333,9 @@ class A3(nn.Module):
         # Behind the start token. The last token in the order is seen by no query: leave it out.
         tokens = F.pad(x.gather(1, order)[:, :-1], (1, 0), value=self.start_id)  # (B, L)
         slots = F.pad(order[:, :-1] + 1, (1, 0))
-        if (rank[:, 1:] > rank[:, :-1]).all():  # one token a group
+        if single is None:
+            single = bool((rank[:, 1:] > rank[:, :-1]).all())
+        if single:
             sees = {"is_causal": True}, {"is_causal": True}
         else:
             content = F.pad(rank[:, :-1], (1, 0), value=-2)
@@ -327,21 +348,20 @@ class A3(nn.Module):
         groups before its own (at a given token: by the start token alone, which nobody needs).
 
         ValueError for groups of another shape or dtype than (B, L) long, and for L > seq_len."""
-        return self.lm_head(self.features(x, groups))
+        return self.logits(self.features(x, groups))
 
-    def log_prob(self, x, groups):
+    def log_prob(self, x, groups, single=None):
         """Equation (1), term by term: log p(x_i | earlier groups) (B, L) in nats, 0 at given
-        tokens. A row's sum is the exact log-likelihood of what is predicted, given the given."""
-        logits = self(x, groups)
-        nll = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
-        return -nll * (groups >= 0)
+        tokens. A row's sum is the exact log-likelihood of what is predicted, given the given.
+        single: see features()."""
+        h = self.features(x, groups, single)
+        return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
-    def loss(self, x, groups):
-        """Nats per predicted token: the mean of -log_prob over all of them. ValueError if none."""
-        log_prob, predicted = self.log_prob(x, groups), (groups >= 0).sum()
-        if predicted == 0:
-            raise ValueError("all tokens are given (groups < 0): nothing to predict")
-        return -log_prob.sum() / predicted
+    def loss(self, x, groups, single=None):
+        """Nats per predicted token: the mean of -log_prob over all of them, and 0 if there are
+        none."""
+        predicted = (groups >= 0).sum()
+        return -self.log_prob(x, groups, single).sum() / predicted.clamp(min=1)
 
     def step(self, cache, x, rank, ask):
         """(4) One call of the cached network. rank (B, L) says when each token of x was committed:
@@ -356,7 +376,7 @@ class A3(nn.Module):
         tokens = tokens.masked_fill(~real, self.start_id)
         cache.rank, cache.slots = rank, slots.masked_fill(~real, L + 1)
         sees = who_sees(rank, rank.gather(1, slots), rank[:, -1:])
-        return self.lm_head(self.streams(tokens, slots, positions, sees, cache)), positions, asked
+        return self.logits(self.streams(tokens, slots, positions, sees, cache)), positions, asked
 
     @torch.no_grad()
     def decode(self, x, groups, per_step, by, temperature=1.0, top_k=None, generator=None):

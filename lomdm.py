@@ -49,6 +49,9 @@ from itertools import count
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 2**26  # that are in memory at a time: 256 MiB
 
 
 @dataclass
@@ -160,9 +163,11 @@ def prefix_log_prob(w, order, prefix):
     return (w.masked_fill(~prefix, 1).log() - remaining.masked_fill(~prefix, 1).log()).sum(-1)
 
 
-def spread_counts(B, L, K, generator=None, device=None):
+def spread_counts(B, L, K, generator=None, device=None, part=(0, 1)):
     """How many positions of each block are revealed: k (B, n), each uniform on {0..length-1}, but
     all together spread evenly, since a batch that happens to be all hard or all easy is mere noise.
+    part (m, M): this batch is the m-th of M. Drawn with equal generators, all M fit between each
+    other, as if they were one batch.
 
     The B n blocks stand evenly on a circle, those of a row or of a column far apart, and one random
     turn for all makes each k uniform. The circle's grid is a multiple of the lengths that occur,
@@ -173,8 +178,9 @@ def spread_counts(B, L, K, generator=None, device=None):
     grid = min(K, L) * ((L - 1) % K + 1)
     row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
     i = (row + b * B // n) % B * n + b  # (B, n): the numbers 0..B n - 1
+    m, M = part
     turn = torch.randint(grid, (1,), generator=generator, device=device)
-    return (i * grid // (B * n) + turn) % grid * lengths // grid
+    return ((i * M + m) * grid // (B * n * M) + turn) % grid * lengths // grid
 
 
 def most_masked(N, K):
@@ -253,7 +259,8 @@ class LoMDM(nn.Module):
         self.wpe = nn.Embedding(config.seq_len, C)
         self.blocks = nn.ModuleList(Block(config, config.dropout) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(C, eps=1e-5)
-        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)  # [MASK] is never predicted
+        # [MASK] is never predicted, nor is what fills the rows up to a multiple of 64, for speed
+        self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
         self.g = OrderHead(config) if config.learn_order else None  # w(x)
         self.g_hat = OrderHead(config) if config.learn_order else None  # w_hat(z)
 
@@ -342,7 +349,7 @@ class LoMDM(nn.Module):
     def logits(self, h):
         """(..., n_embd) -> (..., V), in float32 under autocast: bfloat16 is too coarse for
         likelihoods."""
-        return self.lm_head(h).to(self.wte.weight.dtype)
+        return self.lm_head(h)[..., : self.config.vocab_size].to(self.wte.weight.dtype)
 
     def log_probs(self, z):
         """log mu (B, L, V) for any z (B, L) of tokens and mask_id. Position i reads its own block
@@ -350,13 +357,22 @@ class LoMDM(nn.Module):
         before i, and is meant for every i."""
         return F.log_softmax(self.logits(self.features(z)[0]), dim=-1)
 
+    def nll(self, h, x):
+        """-log mu(x) for features h (N, n_embd) and tokens x (N,): (N,). With a large vocabulary
+        logits are most of the memory, so no more than MAX_LOGITS exist at a time: beyond that they
+        come in chunks, and again in the backward pass."""
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(x) <= rows:
+            return F.cross_entropy(self.logits(h), x, reduction="none")
+        chunks = zip(h.split(rows), x.split(rows), strict=True)
+        return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
+
     def masked_nll(self, h, x, masked, size):
-        """-log mu^i(x_i) at the masked positions, 0 elsewhere: (B, L). Logits, most of the memory
-        if the vocabulary is large, are made for `size` places only, no fewer than are masked."""
+        """-log mu^i(x_i) at the masked positions, 0 elsewhere: (B, L). Logits are made for `size`
+        places only, no fewer than are masked."""
         masked = masked.flatten()  # (B L,)
         chosen = masked.int().argsort(descending=True, stable=True)[:size]
-        logits = self.logits(h.flatten(0, 1)[chosen])  # (size, V)
-        nll = F.cross_entropy(logits, x.flatten()[chosen], reduction="none") * masked[chosen]
+        nll = self.nll(h.flatten(0, 1)[chosen], x.flatten()[chosen]) * masked[chosen]  # (size,)
         return nll.new_zeros(masked.shape).scatter(0, chosen, nll).view_as(x)
 
     def estimate(self, x, w, k, size, generator=None):
@@ -390,10 +406,11 @@ class LoMDM(nn.Module):
         prefix = torch.arange(K, device=x.device) < k[..., None]
         return recon, order, timing, prefix_log_prob(w, ranking, prefix)
 
-    def loss(self, x):
+    def loss(self, x, k=None):
         """What training minimises, for x (B, L): the jump bound (4) in nats per token, plus, with a
         learned order, the surrogate of (5), whose gradient counts and whose value means nothing.
-        Returns the loss and a dict of detached metrics; report metrics["nelbo"], the bound.
+        Returns the loss and a dict of detached metrics; report metrics["nelbo"], the bound. k: see
+        spread_counts(); needed only if x is a part of a larger batch.
 
         (5) The mean of l over races with the weights w, which l depends on too, has the gradient
                 E[ grad l + l grad log q ]
@@ -405,7 +422,7 @@ class LoMDM(nn.Module):
         draws = 2 if self.config.learn_order else 1
         weights = self.order_weights(x)  # (B, L)
         w = to_blocks(weights, K)  # (B, n, K)
-        k = spread_counts(B, L, K, device=x.device)  # (B, n)
+        k = spread_counts(B, L, K, device=x.device) if k is None else k  # (B, n)
         size = draws * most_masked(k.numel(), w.shape[-1])
         recon, order, _, log_q = self.estimate(
             x.repeat(draws, 1), w.repeat(draws, 1, 1), k.repeat(draws, 1), size

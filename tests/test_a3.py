@@ -133,7 +133,7 @@ def naive(model, x, groups):
             q_i = model.query + model.wpe_query.weight[i]
             for block, mem in zip(model.blocks, memory, strict=True):
                 q_i = rest_of_layer(block, q_i, attend(qkv(block, q_i, i + 1)[0], mem))
-            logits[i] = model.lm_head.weight @ norm(model.norm, q_i)
+            logits[i] = model.lm_head.weight[:V] @ norm(model.norm, q_i)
         commit([x[i] for i in members], [i + 1 for i in members])
     return logits
 
@@ -692,10 +692,9 @@ def test_bad_calls():
             method(x.repeat(1, 2)[:, :6], ar_groups(2, 6))
     with pytest.raises(ValueError, match="both be"):
         model(x[0], ar[0])
-    assert (model.log_prob(x, given) == 0).all()
+    assert (model.log_prob(x, given) == 0).all() and model.loss(x, given) == 0
     none_open = torch.zeros(2, 5, dtype=torch.bool)
     for call in (
-        lambda: model.loss(x, given),
         lambda: model.generate(x, given),
         lambda: model.generate_dynamic(x, none_open),
     ):
@@ -712,3 +711,34 @@ def test_bad_calls():
             model.generate_dynamic(x, ~none_open, **bad)
     with pytest.raises(ValueError, match="^temperature must be >= 0"):
         model.generate(x, ar, temperature=-1.0)
+
+
+# 11 --- for large vocabularies and compilers ------------------------------------------------------
+
+
+def test_logits_in_chunks(monkeypatch):
+    """The same loss and gradients whether logits are made at once or few at a time."""
+    model, x = make(), torch.randint(V, (8, 5))
+    results, most, real = [], [], A3.logits
+    for limit in (2**26, 7 * V):
+        sizes = []
+        monkeypatch.setattr(a3, "MAX_LOGITS", limit)
+        monkeypatch.setattr(A3, "logits", lambda self, h: sizes.append(len(h)) or real(self, h))
+        model.zero_grad()
+        loss = model.loss(x, RAGGED)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        most.append(max(sizes))
+    assert most == [40, 7]
+    torch.testing.assert_close(*results)
+
+
+def test_loss_compiles_to_one_graph():
+    """When the caller says whether every group has one token, nothing depends on the data."""
+    model, x = make(), torch.randint(V, (8, 5))
+    torch._dynamo.reset()
+    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
+    for size in (1, 2):
+        for groups in (random_groups(8, 5, size), random_groups(8, 5, size)):
+            want = model.loss(x, groups)
+            torch.testing.assert_close(compiled(x, groups, size == 1), want)

@@ -192,7 +192,9 @@ def test_nelbo_is_unbiased(kw, L, bound):
 def test_counts_are_uniform_and_fit_the_logits():
     """k is uniform on {0..length-1} in every block of every row, and `size` always holds the
     masked."""
-    for B, L, K in itertools.product([1, 2, 3, 7, 8], [1, 3, 5, 7, 8, 9], [1, 2, 4, 8]):
+    parts = [(0, 1), (1, 3), (2, 3)]
+    sizes = itertools.product([1, 2, 3, 7, 8], [1, 3, 5, 7, 8, 9], [1, 2, 4, 8], parts)
+    for B, L, K, part in sizes:
         n, grid = math.ceil(L / K), min(K, L) * ((L - 1) % K + 1)
         lengths = lomdm.block_lengths(L, K)
         assert lengths.tolist() == [min(K, L - b * K) for b in range(n)]
@@ -200,18 +202,35 @@ def test_counts_are_uniform_and_fit_the_logits():
         for turn in range(grid):
             torch.randint = lambda *a, turn=turn, **kw: torch.tensor([turn])
             try:
-                turns.append(lomdm.spread_counts(B, L, K))
+                turns.append(lomdm.spread_counts(B, L, K, part=part))
             finally:
                 torch.randint = real
         k = torch.stack(turns)  # (grid, B, n)
         masked = (lengths - k).sum((1, 2))
         assert masked.max() <= lomdm.most_masked(B * n, min(K, L)) <= B * n * min(K, L)
-        if L % K == 0:
+        if L % K == 0 and part == (0, 1):
             assert masked.max() == lomdm.most_masked(B * n, K)  # and not a place more
         for b in range(n):
             for row in range(B):
                 uniform = torch.full((lengths[b],), grid // int(lengths[b]))
                 assert torch.equal(k[:, row, b].bincount(minlength=int(lengths[b])), uniform)
+
+
+def test_parts_of_a_batch_are_spread_like_the_whole():
+    """M batches drawn with equal generators: together the counts that one batch of all rows has,
+    though each part alone has one in M of them."""
+    for B, L, K, M in [(4, 16, 16, 4), (2, 32, 32, 8), (4, 8, 4, 2), (3, 12, 4, 4), (1, 64, 64, 64)]:
+        for seed in range(5):
+            k = torch.cat(
+                [
+                    lomdm.spread_counts(
+                        B, L, K, torch.Generator().manual_seed(seed), part=(m, M)
+                    )
+                    for m in range(M)
+                ]
+            )
+            one = lomdm.spread_counts(B * M, L, K, torch.Generator().manual_seed(seed))
+            assert torch.equal(k.flatten().sort().values, one.flatten().sort().values)
 
 
 def test_counts_are_spread_over_rows_and_blocks():
@@ -259,7 +278,7 @@ def test_block_fast_path_is_the_generic_model(L):
     x = torch.randint(V, (5, L))
     z = torch.where(torch.rand(5, L) < 0.5, model.mask_id, x)
     h, attention = model.features(z, x)
-    fast = model.lm_head(h[:, :L]).log_softmax(-1)
+    fast = model.logits(h[:, :L]).log_softmax(-1)
     fast_w = model.weigh(model.g_hat, h, attention, L)
     for b in range(0, L, 2):
         one = torch.cat((x[:, :b], z[:, b : b + 2], torch.full_like(x[:, b + 2 :], V)), 1)
@@ -689,11 +708,11 @@ def test_fast_path_never_sees_a_hidden_token(block_len):
     b = torch.arange(6) // block_len
     x = torch.randint(V, (1, 6))
     z = torch.full((1, 6), V)
-    before = model.lm_head(model.features(z, x)[0])[:, :6]
+    before = model.logits(model.features(z, x)[0])[:, :6]
     for j in range(6):
         x2 = x.clone()
         x2[0, j] = (x[0, j] + 1) % V
-        moved = (model.lm_head(model.features(z, x2)[0])[:, :6] - before).abs().amax(-1)[0] > 1e-9
+        moved = (model.logits(model.features(z, x2)[0])[:, :6] - before).abs().amax(-1)[0] > 1e-9
         assert torch.equal(moved, b > b[j]), j
 
 
@@ -813,3 +832,41 @@ def test_bad_calls():
         model.nelbo(texts(4), n_draws=0)
     with pytest.raises(ValueError, match="'jump' or 'paper'"):
         model.nelbo(texts(4), bound="elbo")
+
+
+# 10 --- for large vocabularies and compilers ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_in_chunks(name, monkeypatch):
+    """The same loss and the same gradients whether logits are made at once or few at a time, and
+    never more of them than that."""
+    model, x = make(8, **MODELS[name]), torch.randint(V, (4, 8))
+    results, most, real = [], [], lomdm.LoMDM.logits
+    for limit in (2**26, 5 * V):
+        sizes = []
+        monkeypatch.setattr(lomdm, "MAX_LOGITS", limit)
+        monkeypatch.setattr(
+            lomdm.LoMDM, "logits", lambda self, h: sizes.append(h.shape[0]) or real(self, h)
+        )
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss, _ = model.loss(x)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        most.append(max(sizes))
+    assert most[0] > 5 and most[1] == 5
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_compiles_to_one_graph(name):
+    model, x = make(8, **MODELS[name]), torch.randint(V, (4, 8))
+    torch._dynamo.reset()
+    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
+    k = lomdm.spread_counts(4, 8, model.config.block_len)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        want = model.loss(x, k)[0]
+        torch.manual_seed(seed)
+        torch.testing.assert_close(compiled(x, k)[0], want)
