@@ -7,17 +7,19 @@ Print samples from a checkpoint of train_char.py, and when each character was re
 """
 
 import argparse
+import codecs
 import os
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import a3
 import lomdm
 
-FORMAT = "lomdm char checkpoint 1"
+FORMAT = "lomdm checkpoint 2"
 
 
 class UserError(Exception):
@@ -39,7 +41,7 @@ def run(main):
         main()
         sys.stdout.flush()
     except UserError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1)  # torchrun: once
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (
@@ -93,7 +95,7 @@ def load_checkpoint(path, device):
         module, name = (a3, "A3") if ckpt["model_name"] == "a3" else (lomdm, "LoMDM")
         model = getattr(module, name)(module.Config(**ckpt["config"]))
         model.load_state_dict(ckpt["model"])
-        good = len(ckpt["vocab"]) == model.config.vocab_size
+        good = ckpt["vocab"] == "gpt2" or len(ckpt["vocab"]) == model.config.vocab_size
     except (ValueError, TypeError, KeyError, RuntimeError):
         good = False
     if not good or not all(p.isfinite().all() for p in model.parameters()):
@@ -101,33 +103,87 @@ def load_checkpoint(path, device):
     return ckpt, model.to(device)
 
 
-def encode(text, vocab):
-    """Characters to token ids, (L,) long."""
-    index = {c: i for i, c in enumerate(vocab)}
-    if unknown := sorted(set(text) - set(index)):
-        raise UserError(f"{unknown[0]!r} does not occur in the text that this model was trained on")
-    return torch.tensor([index[c] for c in text], dtype=torch.long)
+class Characters:
+    """vocab: all characters there are, by code point."""
+
+    def __init__(self, vocab):
+        self.vocab, self.size = vocab, len(vocab)
+        self.codes = np.array([ord(c) for c in vocab], np.uint32)
+
+    def encode(self, text):
+        """(L,) uint16"""
+        codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.size - 1)
+        if (self.codes[ids] != codes).any():
+            unknown = chr(codes[self.codes[ids] != codes][0])
+            raise UserError(
+                f"{unknown!r} does not occur in the text that this model was trained on"
+            )
+        return ids.astype(np.uint16)
+
+    def separator(self):
+        """What stands between documents."""
+        return self.encode("\n")
+
+    def pieces(self, ids):
+        """The text of each token."""
+        return [self.vocab[i] for i in ids]
 
 
-def template(prompt, infill, vocab, seq_len):
-    """What is given and what is to be filled, (1, seq_len) long with len(vocab) for [MASK], and how
-    much of it to print.
+class GPT2:
+    """GPT-2's byte pairs, by tiktoken, which downloads them once, or has them in the folder that
+    the environment variable TIKTOKEN_CACHE_DIR names."""
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # no network, a proxy, a full disk, a damaged file
+            raise UserError(
+                f"no GPT-2 vocabulary ({type(e).__name__}): tiktoken needs network once, or "
+                "TIKTOKEN_CACHE_DIR set to a folder that has its files"
+            ) from None
+        self.size = self.bpe.n_vocab
+
+    def encode(self, text):
+        return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    def separator(self):
+        return np.array([self.bpe.eot_token], np.uint16)
+
+    def pieces(self, ids):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several
+        pieces = [decoder.decode(self.bpe.decode_single_token_bytes(i)) for i in ids]
+        pieces[-1] += decoder.decode(b"", final=True)
+        return pieces
+
+
+def tokenizer_of(vocab):
+    """vocab as in a checkpoint: a list of characters, or "gpt2"."""
+    return GPT2() if vocab == "gpt2" else Characters(vocab)
+
+
+def template(prompt, infill, tokenizer, seq_len):
+    """What is given and what is to be filled, (1, seq_len) long with tokenizer.size for [MASK], and
+    how much of it to print.
 
     A short text is followed by [MASK]s up to seq_len, as the model has only seen windows of that
     length. They get filled too: the gaps are drawn as if the text went on in every possible way.
     """
-    text = prompt if infill is None else infill
-    if len(text) > seq_len:
-        raise UserError(f"the text has {len(text)} characters, the model's window {seq_len}")
     if infill is not None and "_" not in infill:
-        raise UserError("--infill needs a gap: one _ for each character to fill in")
-    if infill is None and len(text) == seq_len:
+        raise UserError("--infill needs a gap: one _ for each token to fill in")
+    parts = [prompt] if infill is None else infill.split("_")
+    ids = tokenizer.encode(parts[0]).tolist()
+    for part in parts[1:]:
+        ids += [tokenizer.size, *tokenizer.encode(part).tolist()]
+    if len(ids) > seq_len:
+        raise UserError(f"the text has {len(ids)} tokens, the model's window {seq_len}")
+    if infill is None and len(ids) == seq_len:
         raise UserError(f"the prompt fills the model's window of {seq_len}: nothing left to write")
-    gap = torch.tensor([infill is not None and c == "_" for c in text], dtype=torch.bool)
-    ids = encode(text.replace("_", vocab[0]) if infill is not None else text, vocab)
-    z = torch.full((1, seq_len), len(vocab))
-    z[0, : len(text)] = torch.where(gap, len(vocab), ids)
-    return z, seq_len if infill is None else len(text)
+    z = torch.full((1, seq_len), tokenizer.size)
+    z[0, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return z, seq_len if infill is None else len(ids)
 
 
 # ---- printing ------------------------------------------------------------------------------------
@@ -146,52 +202,55 @@ def printable(c):
     return c if c.isprintable() else "·"  # an escape sequence in a text must not reach a terminal
 
 
-def render(text, revealed_at, colour):
+def render(pieces, revealed_at, colour):
     """One sample with its order: colours, or a line of digits under each line of text.
 
-    revealed_at: for each character the number of the call that revealed it, -1 where it was given.
+    pieces: the text of each token; revealed_at: the number of the call that revealed it, -1 where
+    it was given.
     """
     calls = sorted({at for at in revealed_at if at >= 0})
     scale = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
     out, digits = [], []
-    for c, at in zip(text, revealed_at, strict=True):
-        shown, digit = "↵" if c == "\n" else printable(c), scale.get(at, ".")
-        if colour and at >= 0:
-            shown = f"\033[38;5;{EARLY_TO_LATE[digit]}m{shown}\033[0m"
-        out.append(shown)
-        digits.append(str(digit))
-        if c == "\n":
-            out.append("\n" if colour else f"\n{''.join(digits)}\n")
-            digits = []
+    for piece, at in zip(pieces, revealed_at, strict=True):
+        for c in piece:
+            shown, digit = "↵" if c == "\n" else printable(c), scale.get(at, ".")
+            if colour and at >= 0:
+                shown = f"\033[38;5;{EARLY_TO_LATE[digit]}m{shown}\033[0m"
+            out.append(shown)
+            digits.append(str(digit))
+            if c == "\n":
+                out.append("\n" if colour else f"\n{''.join(digits)}\n")
+                digits = []
     return "".join(out) + ("" if colour or not digits else "\n" + "".join(digits))
 
 
-def show(texts, revealed_at, order, n_shown):
-    """Print samples; texts: strings, revealed_at (N, L) long, order: with colours or digits."""
+def show(samples, order):
+    """Print samples, (pieces, revealed_at) each; order: with colours or digits."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if order:
         print(legend(colour))
-    for i, text in enumerate(texts):
+    for i, (pieces, at) in enumerate(samples):
         print(f"--- sample {i + 1}")
-        text, at = text[:n_shown], revealed_at[i, :n_shown].tolist()
-        plain = "".join(c if c in "\n\t" else printable(c) for c in text)
-        print(render(text, at, colour) if order else plain)
+        plain = "".join(c if c in "\n\t" else printable(c) for c in "".join(pieces))
+        print(render(pieces, at, colour) if order else plain)
 
 
-def draw(model, z, vocab, seed, by=None, per_step=1, group_size=1, **kw):
-    """Fill z (N, L), where it is len(vocab): strings, and the call that filled what, (N, L)."""
+def draw(model, z, tokenizer, seed, n_shown, by=None, per_step=1, group_size=1, **kw):
+    """Fill z (N, L), where it is tokenizer.size. Returns N samples of n_shown tokens: the text of
+    each token, and the number of the call that filled it in, -1 if given."""
     z = z.to(next(model.parameters()).device)
     kw["generator"] = torch.Generator(z.device).manual_seed(seed)
     model.eval()
+    open = z == tokenizer.size
     if isinstance(model, lomdm.LoMDM):
-        x, revealed_at = model.sample(z, per_step=per_step, **kw)
+        x, at = model.sample(z, per_step=per_step, **kw)
     elif by in (None, "left"):  # what is open in groups of group_size, from left to right
-        open = z == len(vocab)
         groups = torch.where(open, (open.cumsum(1) - 1) // group_size, -1)
-        x, revealed_at = model.decode(z, groups, z.shape[1], "confidence", **kw)
+        x, at = model.decode(z, groups, z.shape[1], "confidence", **kw)
     else:
-        x, revealed_at = model.generate_dynamic(z, z == len(vocab), per_step, by, **kw)
-    return ["".join(vocab[i] for i in row) for row in x.tolist()], revealed_at.cpu()
+        x, at = model.generate_dynamic(z, open, per_step, by, **kw)
+    rows = zip(x[:, :n_shown].tolist(), at[:, :n_shown].tolist(), strict=True)
+    return [(tokenizer.pieces(ids), at) for ids, at in rows]
 
 
 def main(argv=None):
@@ -203,17 +262,17 @@ def main(argv=None):
     p.add_argument("--out_dir", default="out", help="where train_char.py wrote ckpt.pt")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to continue")
-    what.add_argument("--infill", help="text with gaps, each _ one character to fill in")
+    what.add_argument("--infill", help="text with gaps, each _ one token to fill in")
     p.add_argument("--num_samples", type=int, default=3)
     p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
-    p.add_argument("--top_k", type=int, help="draw among the k likeliest characters only")
-    p.add_argument("--per_step", type=int, help="characters a call [1]; more is faster but coarser")
+    p.add_argument("--top_k", type=int, help="draw among the k likeliest tokens only")
+    p.add_argument("--per_step", type=int, help="tokens a call [1]; more is faster but coarser")
     p.add_argument(
         "--by",
         choices=("left", "random", "confidence", "entropy", "margin"),
-        help="a3: which characters come next, by default those on the left",
+        help="a3: which tokens come next, by default those on the left",
     )
-    p.add_argument("--group_size", type=int, help="a3: characters a group with --by left [1]")
+    p.add_argument("--group_size", type=int, help="a3: tokens a group with --by left [1]")
     p.add_argument("--show", choices=("text", "order"), default="text")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
@@ -221,8 +280,8 @@ def main(argv=None):
     if a.num_samples < 1 or not 0 <= a.seed < 2**63:
         raise UserError("--num_samples must be at least 1, and --seed in [0, 2^63)")
     ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))
-    vocab = ckpt["vocab"]
-    z, n_shown = template(a.prompt, a.infill, vocab, model.config.seq_len)
+    tokenizer = tokenizer_of(ckpt["vocab"])
+    z, n_shown = template(a.prompt, a.infill, tokenizer, model.config.seq_len)
     if isinstance(model, a3.A3):
         z = z[:, :n_shown]  # positions that are not decoded are not there: no [MASK]s needed
         if a.by in (None, "left") and a.per_step is not None:
@@ -237,10 +296,10 @@ def main(argv=None):
     if kw["group_size"] < 1:
         raise UserError("--group_size must be at least 1")
     try:
-        texts, revealed_at = draw(model, z.repeat(a.num_samples, 1), vocab, a.seed, **kw)
+        samples = draw(model, z.repeat(a.num_samples, 1), tokenizer, a.seed, n_shown, **kw)
     except ValueError as e:
         raise UserError(str(e)) from None
-    show(texts, revealed_at, a.show == "order", n_shown)
+    show(samples, a.show == "order")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """
-Train a character model on tinyshakespeare, or on any text, and watch it learn an order.
+Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an order.
 
     python train_char.py                                 LoMDM, at a size that fits the device
     python train_char.py --model arm --out_dir out_arm   or mdm, or block: the same loss
     python train_char.py --model a3 --init_from out_arm  adapt that ARM to any order
     python train_char.py --resume                        go on after Ctrl-C, as if nothing happened
+    python train_char.py --preset gpt2 --data openwebtext
+    torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
-Settings left out follow the device (PRESETS). --help lists them all.
+Settings left out follow the preset, and the preset the device. --help lists them all.
+
+All that is random in a step, which windows, orders and dropout, is a function of the seed, the step
+and the number of the micro-batch. So a run that was killed goes on as if it had not been, and N
+processes do together what one does alone with the same --gradient_accumulation_steps.
 """
 
 import contextlib
-import hashlib
-import http.client
 import json
 import math
 import os
@@ -19,38 +23,44 @@ import shlex
 import signal
 import sys
 import time
-import urllib.request
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import a3
 import lomdm
+import prepare
 import sample
-from sample import FORMAT, Parser, UserError
+from prepare import write_file
+from sample import FORMAT, Parser, UserError, tokenizer_of
 
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE = Path(__file__).parent / "data" / "tinyshakespeare" / "input.txt"
-PYTHON_DOCS = "python-docs"  # a text that comes with every Python, for machines without network
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 MODELS = ("arm", "mdm", "block", "lomdm", "a3")
 
-SMALL = dict(  # nanoGPT's laptop size
-    n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=800,
-    eval_interval=200, dtype="float32", compile=False,
-)  # fmt: skip
-LARGE = dict(  # nanoGPT's size for tinyshakespeare on one GPU
-    n_layer=6, n_head=6, n_embd=384, seq_len=256, dropout=0.2, batch_size=64, max_iters=5000,
-    eval_interval=250, dtype="bfloat16", compile=True,
-)  # fmt: skip
-PRESETS = {"cpu": SMALL, "mps": SMALL, "cuda": LARGE}
+PRESETS = {
+    "small": dict(  # nanoGPT's laptop size
+        n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=800,
+        eval_interval=200, dtype="float32", compile=False,
+    ),
+    "base": dict(  # nanoGPT's size for tinyshakespeare on one GPU
+        n_layer=6, n_head=6, n_embd=384, seq_len=256, dropout=0.2, batch_size=64, max_iters=5000,
+        eval_interval=250, dtype="bfloat16", compile=True,
+    ),
+    "gpt2": dict(  # GPT-2 small: 16 * 32 * 1,024 tokens a step, 10 billion in all
+        n_layer=12, n_head=12, n_embd=768, seq_len=1024, dropout=0.0, batch_size=16,
+        max_iters=20000, gradient_accumulation_steps=32, learning_rate=6e-4, beta2=0.95,
+        warmup_iters=700, eval_interval=1000, dtype="bfloat16", compile=True,
+    ),
+}  # fmt: skip
+OTHERWISE = dict(learning_rate=1e-3, beta2=0.99, gradient_accumulation_steps=1)
 
 
 def flag(default, help, choices=None):
@@ -62,18 +72,24 @@ class Settings:
     """All that a run depends on; every field is a flag. None: follows the device or other flags."""
 
     model: str = flag("lomdm", "what to train", MODELS)
-    data: str = flag("shakespeare", "shakespeare, python-docs, or the path of a UTF-8 text file")
+    preset: str | None = flag(None, "size: small on CPU and MPS, base on CUDA", tuple(PRESETS))
+    data: str = flag(
+        "shakespeare", "or openwebtext, python-docs, a .txt, a .jsonl, or their folder"
+    )
+    val_data: str | None = flag(None, "text to validate on, by default the last tenth of --data")
+    tokenizer: str | None = flag(None, "char [gpt2 for openwebtext]", ("char", "gpt2"))
+    data_dir: str | None = flag(None, "where tokens are kept, by default data next to this file")
     out_dir: str = flag("out", "ckpt.pt (best), last.pt (for --resume) and log.jsonl go here")
     resume: bool = flag(False, "go on with the run in out_dir")
     device: str | None = flag(None, "cpu, cuda or mps; by default the best there is")
     seed: int = flag(1337, "of weights, batches and orders")
     # model
-    seq_len: int | None = flag(None, "characters in a window")
+    seq_len: int | None = flag(None, "tokens in a window")
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
     dropout: float | None = flag(None, "0 on CPU, 0.2 on CUDA")
-    block_len: int | None = flag(None, "block: characters in a block (16); lomdm: one block")
+    block_len: int | None = flag(None, "block: tokens in a block (16); lomdm: one block")
     c1: float = flag(0.7, "lomdm: w = c1 + c2 (sigmoid - mean sigmoid)")
     c2: float = flag(0.65, "lomdm: 0 keeps the order uniform")
     weights: str = flag("normsig", "lomdm: as above, or w = exp(g - mean g)", ("normsig", "exp"))
@@ -81,18 +97,21 @@ class Settings:
     shares: str = flag("0.2,0.3,0.5", "a3: of the steps in stages 1, 2, 3")
     init_from: str | None = flag(None, "a3: out_dir of an ARM to start from")
     # optimisation
-    batch_size: int | None = flag(None, "windows a step; lomdm draws two orders for each")
+    batch_size: int | None = flag(None, "windows a micro-batch; lomdm draws two orders for each")
+    gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all GPUs [1]")
     max_iters: int | None = flag(None, "steps")
-    learning_rate: float = flag(1e-3, "the highest; linear warm-up, then a cosine")
+    learning_rate: float | None = flag(None, "the highest; linear warm-up, then a cosine [1e-3]")
     min_lr: float | None = flag(None, "the lowest, by default a tenth of the highest")
     warmup_iters: int | None = flag(None, "steps of warm-up, by default 100 or a tenth of all")
     lr_decay_iters: int | None = flag(None, "end of cosine and curriculum [max_iters]")
     weight_decay: float = flag(0.1, "")
     beta1: float = flag(0.9, "")
-    beta2: float = flag(0.99, "")
+    beta2: float | None = flag(None, "[0.99]")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
+    ema: float = flag(0.0, "decay of averaged weights, 0.999 say, to validate and sample with")
     # running
     eval_interval: int | None = flag(None, "steps between validations and checkpoints")
+    eval_windows: int = flag(2000, "validation windows, evenly spread, or all if there are fewer")
     eval_draws: int = flag(1, "orders drawn for each validation window")
     log_interval: int = flag(10, "steps between lines in log.jsonl")
     dtype: str | None = flag(None, "of the forward pass", ("float32", "bfloat16"))
@@ -101,11 +120,10 @@ class Settings:
 
 
 MAY_CHANGE = {  # on --resume; the rest is what makes it the same run
-    "resume", "device", "out_dir", "data", "max_iters", "learning_rate", "min_lr", "lr_decay_iters",
-    "grad_clip", "eval_interval", "eval_draws", "log_interval", "dtype", "compile", "num_samples",
+    "resume", "device", "out_dir", "data", "data_dir", "val_data", "max_iters", "learning_rate",
+    "min_lr", "lr_decay_iters", "grad_clip", "eval_interval", "eval_windows", "eval_draws",
+    "log_interval", "dtype", "compile", "num_samples",
 }  # fmt: skip
-
-
 FOR = {  # flags that mean nothing to the other models
     "block_len": ("block", "lomdm"), "c1": ("lomdm",), "c2": ("lomdm",), "weights": ("lomdm",),
     "group_size": ("a3",), "shares": ("a3",), "init_from": ("a3",),
@@ -137,13 +155,16 @@ def truth(text):
 
 
 def settle(s, device):
-    """Fill in what follows the device and other flags, and refuse what cannot be."""
-    for name, value in PRESETS[device.type].items():
+    """Fill in what follows the preset and other flags, and refuse what cannot be."""
+    s.preset = s.preset or ("base" if device.type == "cuda" else "small")
+    for name, value in (OTHERWISE | PRESETS[s.preset]).items():
         if getattr(s, name) is None:
+            if device.type != "cuda" and name in ("dtype", "compile"):
+                value = PRESETS["small"][name]
             setattr(s, name, value)
     if s.lr_decay_iters is None:
         s.lr_decay_iters = s.max_iters
-    if s.warmup_iters is None:
+    if s.warmup_iters is None or s.warmup_iters > s.lr_decay_iters:
         s.warmup_iters = min(100, s.lr_decay_iters // 10)
     if s.min_lr is None:
         s.min_lr = s.learning_rate / 10
@@ -156,26 +177,23 @@ def settle(s, device):
             raise UserError(
                 f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm"
             )
-    for least, names in (
-        (1e-12, ("learning_rate", "grad_clip")),
-        (
-            1,
-            (
-                "batch_size",
-                "max_iters",
-                "lr_decay_iters",
-                "eval_interval",
-                "eval_draws",
-                "log_interval",
-            ),
-        ),
-        (0, ("warmup_iters", "weight_decay", "num_samples", "min_lr", "seed")),
-    ):
-        for name in names:
+    at_least = {
+        1e-12: "learning_rate grad_clip",
+        1: "batch_size gradient_accumulation_steps max_iters lr_decay_iters eval_interval "
+        "eval_windows eval_draws log_interval",
+        0: "warmup_iters weight_decay num_samples min_lr seed",
+    }
+    for least, names in at_least.items():
+        for name in names.split():
             if not getattr(s, name) >= least:  # NaN is caught as well
                 raise UserError(f"--{name} must be at least {least}")
-    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1 and s.seed < 2**63):
-        raise UserError("--beta1 and --beta2 must be in [0, 1), and --seed below 2^63")
+    if not all(0 <= x < 1 for x in (s.beta1, s.beta2, s.ema)) or s.seed >= 2**63:
+        raise UserError("--beta1, --beta2 and --ema must be in [0, 1), and --seed below 2^63")
+    if s.gradient_accumulation_steps % WORLD:
+        raise UserError(
+            f"--gradient_accumulation_steps {s.gradient_accumulation_steps} must be divisible by "
+            f"the {WORLD} processes that share them"
+        )
 
 
 def make_model(s, vocab_size):
@@ -202,83 +220,6 @@ def make_curriculum(s):
         return a3.Curriculum(s.lr_decay_iters, shares, s.group_size)
     except ValueError as e:
         raise UserError(f"--shares {s.shares} --group_size {s.group_size}: {e}") from None
-
-
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def write_file(path, write):
-    """Call write(temporary path), then rename: path is the old file or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write {path}: {e.strerror}") from None
-        if isinstance(e, RuntimeError):  # how torch.save reports it
-            raise UserError(f"cannot write {path}: is the disk full?") from None
-        raise
-
-
-def shakespeare():
-    """The bytes of tinyshakespeare, downloaded once; None without network."""
-    if not SHAKESPEARE.is_file():
-        try:
-            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
-                raw = response.read()
-        except (OSError, http.client.HTTPException) as e:  # no network, or the connection broke off
-            print(f"no tinyshakespeare ({e}); training on Python's own documentation instead")
-            return None
-        if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
-            raise UserError(f"the download of {SHAKESPEARE_URL} has a wrong checksum; try again")
-        write_file(SHAKESPEARE, lambda path: path.write_bytes(raw))
-    raw = SHAKESPEARE.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(
-            f"{SHAKESPEARE} has a wrong checksum: delete it to download it again, "
-            f"or pass --data {SHAKESPEARE} to train on it as it is"
-        )
-    return raw
-
-
-def load_text(s):
-    """The text that --data names. Sets s.data to what was taken in the end."""
-    if s.data == "shakespeare":
-        raw = shakespeare()
-        if raw is not None:
-            return raw.decode()
-        s.data = PYTHON_DOCS
-    if s.data == PYTHON_DOCS:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics))
-    try:
-        text = Path(s.data).read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"--data {s.data}: {e.strerror or e}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"--data {s.data} is not UTF-8 text: see byte {e.start}") from None
-    if not text:
-        raise UserError(f"--data {s.data} is empty")
-    return text
-
-
-def encode(text, s):
-    """vocab, a list of characters; train and val, (N,) long: the first 90% and the rest."""
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    vocab, ids = np.unique(codes, return_inverse=True)
-    ids = torch.from_numpy(ids.astype(np.int64))
-    n = int(0.9 * len(ids))
-    if min(n, len(ids) - n) < s.seq_len:
-        raise UserError(
-            f"--data {s.data} has {len(ids)} characters; a window of {s.seq_len} needs "
-            f"at least {10 * s.seq_len}: take a longer text or a smaller --seq_len"
-        )
-    return [chr(c) for c in vocab], ids[:n], ids[n:]
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -310,22 +251,27 @@ def figures(model, s):
 
 @torch.no_grad()
 def evaluate(nats_of, val, s, device):
-    """Mean and standard error, nats per character, over all of val in consecutive windows.
+    """Mean and standard error, nats per token, over consecutive windows of val: all of them, what
+    is left over at the end included, or --eval_windows that are evenly spread.
 
-    Every call draws the same orders, so one checkpoint has one number. The last window is what is
-    left over. The standard error is that of a ratio, sum of nats over sum of characters: it
-    covers the choice of windows and of orders, not that of the training seed.
+    Every call draws the same orders, so one checkpoint has one number. The standard error is that
+    of a ratio, sum of nats over sum of tokens: it covers the choice of windows and of orders, not
+    that of the training seed.
     """
     generator = torch.Generator(device).manual_seed(1)
-    L = s.seq_len
-    n = len(val) // L
-    batches = list(val[: n * L].view(n, L).split(max(1, 2**14 // L)))  # 16k characters a pass
-    if n * L < len(val):
-        batches.append(val[None, n * L :])
-    nats, length = [], []
+    L, nats, length = s.seq_len, [], []
+    whole = np.asarray(val[: len(val) // L * L]).reshape(-1, L)  # (windows, L)
+    rows = max(1, 2**14 // L)  # 16k tokens a pass
+    batches = np.split(whole, range(rows, len(whole), rows))
+    if len(whole) > s.eval_windows:
+        chosen = np.arange(s.eval_windows) * len(whole) // s.eval_windows
+        batches = [whole[i] for i in np.split(chosen, range(rows, len(chosen), rows))]
+    elif len(val) % L:
+        batches.append(np.asarray(val[whole.size :])[None])
     for x in batches:
+        x = torch.from_numpy(x.astype(np.int64)).to(device)
         with autocast(s, device):
-            nats.append(nats_of(x.to(device), generator).double().cpu())
+            nats.append(nats_of(x, generator).double().cpu())
         length.append(torch.full((len(x),), x.shape[1], dtype=torch.float64))
     nats, length = torch.cat(nats), torch.cat(length)  # (windows,) each
     mean = nats.sum() / length.sum()
@@ -348,20 +294,44 @@ def learning_rate(step, s):
     return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
+class Objective(torch.nn.Module):
+    """model.loss as a forward pass: what DistributedDataParallel wraps and torch.compile compiles,
+    all of it, the gradient of the order included."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, *how):
+        loss = self.model.loss(x, *how)  # "nelbo" is exact for an ARM and A3
+        return loss if isinstance(loss, tuple) else (loss, {"nelbo": loss.detach()})
+
+
+def seed_of(*numbers):
+    """One seed from several."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 class Run:
     """One training run: what is in a checkpoint, and how it goes on."""
 
     def __init__(self, s, device):
         self.s, self.device = s, device
         self.out = Path(s.out_dir)
-        text = load_text(s)
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.vocab, self.train, self.val = encode(text, s)
+        self.corpus, s.data = prepare.load(s.data, s.tokenizer, s.val_data, s.data_dir)
+        self.train, self.val = self.corpus.train, self.corpus.val
+        if min(len(self.train), len(self.val)) < s.seq_len:
+            raise UserError(
+                f"--data {s.data} has {len(self.train)} + {len(self.val)} tokens to train and "
+                f"validate on, too few for a window of {s.seq_len}: take a longer text or a "
+                "smaller --seq_len"
+            )
+        self.tokenizer = tokenizer_of(self.corpus.vocab)
         torch.manual_seed(s.seed)
-        self.model = make_model(s, len(self.vocab)).to(device)
-        self.loss_of = self.model.loss
-        if s.compile:
-            self.loss_of = torch.compile(self.model.loss, dynamic=False)
+        self.model = make_model(s, self.tokenizer.size).to(device)
+        self.ema = None
+        if s.ema:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(s.ema))
         self.curriculum = make_curriculum(s) if s.model == "a3" else None
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
@@ -372,56 +342,80 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             groups, s.learning_rate, betas=(s.beta1, s.beta2), fused=device.type != "mps"
         )
-        self.windows = torch.Generator().manual_seed(s.seed)  # which windows make up the batches
         self.step, self.best, self.seconds = 0, math.inf, 0.0
         self.saved_at = None  # the step in last.pt
 
-    def batch(self):
-        """Random windows of the training text: (batch_size, seq_len)."""
-        start = torch.randint(
-            len(self.train) - self.s.seq_len + 1, (self.s.batch_size, 1), generator=self.windows
-        )
-        x = self.train[start + torch.arange(self.s.seq_len)]
-        return x.to(self.device)
+    def batch(self, m):
+        """Arguments of the loss for micro-batch m: windows of the text (batch_size, seq_len), and
+        how many tokens to reveal in each, or A3's groups. What all micro-batches share, because
+        windows and counts are spread over all of them, comes from one generator, the same on every
+        rank; the rest from the global one, which is seeded here."""
+        s, M = self.s, self.s.gradient_accumulation_steps
+        shared = torch.Generator().manual_seed(seed_of(s.seed, self.step))
+        n = len(self.train) - s.seq_len + 1
+        start = torch.randint(n, (s.batch_size * M,), generator=shared)[m::M]
+        x = np.stack([self.train[i : i + s.seq_len] for i in start.tolist()])  # (B, L)
+        x = torch.from_numpy(x.astype(np.int64)).to(self.device)
+        torch.manual_seed(seed_of(s.seed, self.step, m))
+        if s.model == "a3":
+            _, size = self.curriculum.stage(self.step)
+            return x, self.curriculum(self.step, *x.shape, device=self.device), size == 1
+        k = lomdm.spread_counts(*x.shape, self.model.config.block_len, shared, part=(m, M))
+        return x, k.to(self.device)
 
-    def loss(self):
-        """The loss of the next batch, and what to log of it: "nelbo" is exact for an ARM and A3."""
-        x = self.batch()
-        if self.s.model != "a3":
-            return self.loss_of(x)
-        loss = self.loss_of(x, self.curriculum(self.step, *x.shape, device=self.device))
-        return loss, {"nelbo": loss.detach()}
+    def backward(self, objective):
+        """Gradients of the mean loss of all micro-batches; this process does every WORLD-th of
+        them. Returns the means of the numbers to log."""
+        M, numbers = self.s.gradient_accumulation_steps, []
+        for m in range(RANK, M, WORLD):
+            batch, more = self.batch(m), m + WORLD < M
+            alone = objective.no_sync() if WORLD > 1 and more else contextlib.nullcontext()
+            with alone:  # the last one's backward pass averages the gradients over all processes
+                with autocast(self.s, self.device):
+                    loss, metrics = objective(*batch)
+                (loss * WORLD / M).backward()
+            numbers.append(torch.stack(list(metrics.values())))
+        return dict(zip(metrics, torch.stack(numbers).mean(0), strict=True))
 
-    def state(self):
-        rng = {"cpu": torch.get_rng_state(), "windows": self.windows.get_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return dict(
+    def state(self, to_resume):
+        state = dict(
             format=FORMAT, model_name=self.s.model, config=asdict(self.model.config),
-            vocab=self.vocab, settings=asdict(self.s), data_sha256=self.sha256,
-            step=self.step, best=self.best, seconds=self.seconds, rng=rng,
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            vocab=self.corpus.vocab, settings=asdict(self.s), data_sha256=self.corpus.sha256,
+            step=self.step, best=self.best, seconds=self.seconds,
         )  # fmt: skip
+        if not to_resume:
+            return state | dict(model=self.best_model().state_dict())
+        return state | dict(
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema=self.ema.state_dict() if self.s.ema else None,
+        )
 
     def restore(self, ckpt):
-        if ckpt["data_sha256"] != self.sha256:
+        if ckpt["data_sha256"] != self.corpus.sha256:
             raise UserError(f"--data {self.s.data} is not the text that this run began with")
         self.model.load_state_dict(ckpt["model"])
         self.optimizer.load_state_dict(ckpt["optimizer"])
+        if self.s.ema:
+            self.ema.load_state_dict(ckpt["ema"])
         self.step, self.best, self.seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
         self.saved_at = self.step
-        torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
-        self.windows.set_state(ckpt["rng"]["windows"].cpu())
-        if self.device.type == "cuda" and "cuda" in ckpt["rng"]:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), self.device)
+
+    def best_model(self):
+        """What to validate and to sample with."""
+        return self.ema.module if self.s.ema else self.model
 
     def save(self, best=False):
-        """last.pt, and ckpt.pt if this is the best so far."""
-        for name in ("ckpt.pt", "last.pt") if best else ("last.pt",):
-            write_file(self.out / name, lambda path: torch.save(self.state(), path))
+        """last.pt to go on from, and ckpt.pt to use, if this is the best so far."""
+        if RANK == 0:
+            if best:
+                write_file(self.out / "ckpt.pt", lambda path: torch.save(self.state(False), path))
+            write_file(self.out / "last.pt", lambda path: torch.save(self.state(True), path))
         self.saved_at = self.step
 
     def log(self, **values):
+        if RANK:
+            return
         try:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(dict(step=self.step, **values)) + "\n")
@@ -429,13 +423,17 @@ class Run:
             raise UserError(f"cannot write {self.out / 'log.jsonl'}: {e.strerror}") from None
 
     def validate(self):
-        """Print and log the validation figures, and save what they call for."""
-        self.model.eval()
+        """Print and log the validation figures, and save what they call for. One process does it;
+        the others wait for it in their next step."""
+        if RANK:
+            self.saved_at = self.step
+            return
+        model = self.best_model().eval()
         found = {
             kind: evaluate(nats_of, self.val, self.s, self.device)
-            for kind, nats_of in figures(self.model, self.s).items()
+            for kind, nats_of in figures(model, self.s).items()
         }
-        self.model.train()
+        model.train()
         val, _ = next(iter(found.values()))
         if not math.isfinite(val):
             raise UserError(self.nan_message(self.step))
@@ -443,59 +441,90 @@ class Run:
         self.save(better)
         for kind, (val, error) in found.items():
             self.log(val=val, val_error=error, kind=kind, seconds=self.seconds)
-            tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} nats/char ({kind})")
+            tqdm.write(f"step {self.step}: val {val:.4f} ± {error:.4f} {self.unit(val)} ({kind})")
+
+    def unit(self, nats):
+        if self.corpus.vocab != "gpt2":
+            return "nats/char"
+        return f"nats/token, perplexity {math.exp(nats):.2f}"
 
     def go(self):
-        """Train up to max_iters; Ctrl-C stops between two steps, with everything saved."""
-        s, stop = self.s, []
-        old = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(1))
+        """Train up to max_iters. Ctrl-C, or SIGTERM, stops between two steps, all saved."""
+        stop = []
+
+        def on_signal(*_):
+            if stop and WORLD == 1:  # torchrun passes one Ctrl-C on twice
+                sys.exit(1)
+            stop.append(1)
+
+        old = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.loop(stop)
+        finally:
+            for n, handler in old.items():
+                signal.signal(n, handler)
+
+    def loop(self, stop):
+        s = self.s
+        objective = Objective(self.model)
+        if s.compile:
+            objective = torch.compile(objective, dynamic=False)
+        if WORLD > 1:
+            objective = DistributedDataParallel(objective, broadcast_buffers=False)
         if self.step >= s.max_iters:  # stopped before, or nothing left to do
             print(f"already at step {self.step}; a larger --max_iters goes on")
             self.validate()
-        bar = tqdm(total=s.max_iters, initial=self.step, unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=s.max_iters, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0
+        )
         pending, began = [], time.perf_counter()  # the losses since the last log line
         self.model.train()
         while self.step < s.max_iters:
             lr = learning_rate(self.step, s)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            with autocast(s, self.device):
-                loss, metrics = self.loss()
-            loss.backward()
+            metrics = self.backward(objective)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if s.ema:
+                self.ema.update_parameters(self.model)
             # kept on the device: reading a number makes the CPU wait for the GPU
             pending.append(torch.stack((norm.detach(), *metrics.values())))
             self.step += 1
             bar.update()
 
             due = self.step % s.eval_interval == 0 or self.step == s.max_iters
-            if due or stop or self.step % s.log_interval == 0:
-                numbers = torch.stack(pending).double().cpu()  # (steps, 1 + metrics)
-                if not numbers.isfinite().all():
-                    first = int((~numbers.isfinite()).any(1).nonzero()[0])
+            if due or (stop and WORLD == 1) or self.step % s.log_interval == 0:
+                numbers = torch.stack(pending)  # (steps, 1 + metrics)
+                numbers = torch.cat((numbers.flatten(), numbers.new_tensor([len(stop)])))
+                if WORLD > 1:  # all processes must see the same numbers, and stop together
+                    dist.all_reduce(numbers)
+                    numbers /= WORLD
+                *numbers, stopping = numbers.double().tolist()
+                numbers = np.array(numbers).reshape(len(pending), -1)
+                if not np.isfinite(numbers).all():
+                    first = np.flatnonzero(~np.isfinite(numbers).all(1))[0]
                     raise UserError(self.nan_message(self.step - len(numbers) + 1 + first))
                 took = time.perf_counter() - began
                 self.seconds += took
-                speed = len(pending) * s.batch_size * s.seq_len / took
+                size = s.batch_size * s.gradient_accumulation_steps * s.seq_len
+                speed = len(pending) * size / took
                 mean = dict(zip(("grad_norm", *metrics), numbers.mean(0).tolist(), strict=True))
                 bar.set_postfix_str(f"loss {mean['nelbo']:.4f}, {speed:,.0f} tok/s")
                 self.log(**mean, lr=lr, tokens_per_second=speed, seconds=self.seconds)
                 pending = []
-            if due:
-                self.validate()
-            if stop:
-                self.save()
-                bar.close()
-                raise UserError(
-                    f"stopped at step {self.step}, all saved; go on with: "
-                    f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
-                )
-            if not pending:
+                if due:
+                    self.validate()
+                if stopping:
+                    self.save()
+                    bar.close()
+                    raise UserError(
+                        f"stopped at step {self.step}, all saved; go on with: "
+                        f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
+                    )
                 began = time.perf_counter()
         bar.close()
-        signal.signal(signal.SIGINT, old)
 
     def nan_message(self, step):
         what = f"the loss or its gradient is not finite at step {step}; last good checkpoint: "
@@ -529,24 +558,28 @@ def begin(given):
     if run.out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError("--out_dir must be a folder of its own, not the one you are in")
     if arm:
-        if arm["vocab"] != run.vocab:
+        if arm["vocab"] != run.corpus.vocab:
             raise UserError(f"the ARM in {s.init_from} has another vocabulary than --data {s.data}")
         try:
             print(run.model.load_arm(arm["model"]))
         except ValueError as e:
             raise UserError(f"--init_from {s.init_from}: {e}") from None
-    if any((run.out / name).exists() for name in ("ckpt.pt", "last.pt", "log.jsonl")):
-        n = next(n for n in range(1, 10**6) if not Path(f"{run.out}.{n}").exists())
-        try:
-            os.rename(run.out, f"{run.out}.{n}")
-        except OSError as e:
-            raise UserError(
-                f"cannot move the earlier run in {run.out} aside: {e.strerror}"
-            ) from None
-        print(f"{run.out} held an earlier run; it is now {run.out}.{n}")
-    header = dict(settings=asdict(s), data_sha256=run.sha256, torch=torch.__version__)
-    write_file(run.out / "log.jsonl", lambda path: path.write_text(json.dumps(header) + "\n"))
+    if RANK == 0:
+        set_aside(run.out)
+        header = dict(settings=asdict(s), data_sha256=run.corpus.sha256, torch=torch.__version__)
+        write_file(run.out / "log.jsonl", lambda path: path.write_text(json.dumps(header) + "\n"))
     return run
+
+
+def set_aside(out):
+    """Rename out if it holds a run: out.1, out.2, .."""
+    if any((out / name).exists() for name in ("ckpt.pt", "last.pt", "log.jsonl")):
+        n = next(n for n in range(1, 10**6) if not Path(f"{out}.{n}").exists())
+        try:
+            os.rename(out, f"{out}.{n}")
+        except OSError as e:
+            raise UserError(f"cannot move the earlier run in {out} aside: {e.strerror}") from None
+        print(f"{out} held an earlier run; it is now {out}.{n}")
 
 
 def resume(given):
@@ -572,6 +605,8 @@ def resume(given):
         raise UserError(f"{path} is incomplete, or from another version; train again") from None
     if s.max_iters > s.lr_decay_iters:
         print(f"the learning rate stays at {s.min_lr:g} after step {s.lr_decay_iters}")
+    if RANK:
+        return run
     log = run.out / "log.jsonl"
     lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
     lines = [line + "\n" for line in lines if logged_by(line, run.step)]
@@ -589,23 +624,35 @@ def logged_by(line, step):
 
 def main(argv=None):
     given = parse(argv)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if WORLD > 1:
+        cuda = torch.cuda.is_available() and given.get("device") != "cpu"
+        given["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(given["device"])
+        dist.init_process_group("nccl" if cuda else "gloo")
     run = resume(given) if given.get("resume") else begin(given)
     s, model = run.s, run.model
     n = sum(p.numel() for p in model.parameters())
     print(
         f"{s.model} on {s.data}: {n / 1e6:.2f}M parameters, {len(run.train):,} + {len(run.val):,} "
-        f"characters, {len(run.vocab)} different, {run.device}, {s.dtype}"
+        f"tokens, {run.tokenizer.size:,} different, {WORLD} x {run.device}, {s.dtype}"
     )
     run.go()
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if RANK:
+        return
     best, model = sample.load_checkpoint(run.out / "ckpt.pt", run.device)
     print(
-        f"{run.step} steps in {run.seconds:.0f} s; best val {best['best']:.4f} nats/char at step "
-        f"{best['step']}, in {run.out / 'ckpt.pt'}"
+        f"{run.step} steps in {run.seconds:.0f} s; best val {best['best']:.4f} "
+        f"{run.unit(best['best'])} at step {best['step']}, in {run.out / 'ckpt.pt'}"
     )
     if s.num_samples:
-        z = torch.full((s.num_samples, s.seq_len), len(run.vocab))
-        texts, revealed_at = sample.draw(model, z, run.vocab, s.seed, by="random")
-        sample.show(texts, revealed_at, True, s.seq_len)
+        z = torch.full((s.num_samples, s.seq_len), run.tokenizer.size)
+        sample.show(sample.draw(model, z, run.tokenizer, s.seed, s.seq_len, by="random"), True)
 
 
 if __name__ == "__main__":
