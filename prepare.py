@@ -35,6 +35,7 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PIECE = 2**20  # characters that are encoded at a time
+LONGEST = 2**23  # without a place to cut; then anywhere
 
 
 def write_file(path, write):
@@ -147,7 +148,7 @@ def read_text(path):
         while more := f.read(PIECE):
             rest += more
             cut = re.match(r"(?s).*\S(?=[ \n]\S)", rest)
-            end = cut.end() if cut else len(rest) if len(rest) > 8 * PIECE else 0
+            end = cut.end() if cut else len(rest) if len(rest) >= LONGEST else 0
             if end:
                 yield begins, rest[:end]
                 begins, rest = False, rest[end:]

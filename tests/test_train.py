@@ -1,5 +1,6 @@
 """train_char.py and sample.py as their users meet them: runs, resumption, files and mistakes."""
 
+import contextlib
 import json
 import os
 import random
@@ -238,7 +239,10 @@ def test_shakespeare(work, monkeypatch, capsys):
         ("--data missing.txt", "missing.txt: no such file or folder"),
         ("--data good", "a folder without .txt or .jsonl"),
         ("--data empty.txt", "has 0 . 0 tokens to train and validate on"),
-        ("--data short.txt", "has 27 . 3 tokens to train and validate on, too few for a window of 16"),
+        (
+            "--data short.txt",
+            "has 27 . 3 tokens to train and validate on, too few for a window of 16",
+        ),
         ("--data latin1.txt", "latin1.txt is not UTF-8 text"),
         ("--device tpu9", "torch knows"),
         ("--device cuda:99", "asked for, but there is none here"),
@@ -273,7 +277,8 @@ def test_bad_training_flags(work, flags, message):
         middle = len(good) // 3
         Path("damaged/last.pt").write_bytes(good[:middle] + b"\xff" * 64 + good[middle + 64 :])
         torch.save(
-            {k: v for k, v in checkpoint("good/last.pt").items() if k != "optimizer"}, "keyless/last.pt"
+            {k: v for k, v in checkpoint("good/last.pt").items() if k != "optimizer"},
+            "keyless/last.pt",
         )
         torch.save({"model": {}}, "foreign/last.pt")
         torch.save(checkpoint("good/last.pt") | {"model": {}}, "mixed/last.pt")
@@ -493,3 +498,162 @@ def test_resume_survives_a_move_and_a_torn_log(work, capsys):
     assert "already at step 6" in capsys.readouterr().out
     train("--resume --out_dir after --max_iters 7 --learning_rate 1e-5", base="")
     assert checkpoint("after/last.pt")["settings"]["min_lr"] == pytest.approx(1e-6)
+
+
+# ---- several processes, and sudden ends ----------------------------------------------------------
+
+
+def losses(out_dir):
+    rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["nelbo"] for row in rows[1:] if "nelbo" in row}
+
+
+@pytest.mark.parametrize("model", ["lomdm", "a3 --shares 0.3,0,0.7"])
+def test_two_processes_do_what_one_does(work, model):
+    """Gradients, and so weights, losses and validation, of torchrun with two processes and of one
+    with the same four micro-batches a step; dropout, races and partitions included. Windows, orders
+    and counts differ between micro-batches."""
+    flags = f"--model {model} --data text.txt {TINY} --gradient_accumulation_steps 4 --dropout 0.1 "
+    flags += "--max_iters 4 --eval_interval 4 --log_interval 1 --warmup_iters 0 --grad_clip 1e9"
+    train(flags + " --out_dir one", base="")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [*run, str(ROOT / "train_char.py"), *flags.split(), "--out_dir", "two"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    got = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=240)
+    assert got.returncode == 0, got.stderr
+    assert got.stdout.count("parameters") == 1  # one process prints
+    one, two = checkpoint("one/last.pt"), checkpoint("two/last.pt")
+    assert one["step"] == two["step"] == 4
+    # Adam divides by the size of the gradient: its moments say how large the gradients were
+    for a, b in zip(*(c["optimizer"]["state"].values() for c in (one, two)), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5 * float(a[key].max()))
+    for name, p in one["model"].items():
+        torch.testing.assert_close(p, two["model"][name], rtol=0, atol=1e-4)
+    assert losses("one") == pytest.approx(losses("two"), rel=1e-5) and len(losses("two")) == 4
+    assert one["best"] == pytest.approx(two["best"], rel=1e-5)
+
+    # and one process with a single micro-batch has other gradients
+    train(flags.replace("steps 4", "steps 1") + " --out_dir less", base="")
+    assert losses("less")[1] != pytest.approx(losses("one")[1], rel=1e-4)
+
+
+def test_micro_batches_share_a_step(work):
+    """Four micro-batches draw their windows and counts together: as one batch four times as
+    large."""
+    s = train_char.Settings(data="text.txt", data_dir="tokens", model="mdm", seq_len=16)
+    s.batch_size, s.n_layer, s.n_head, s.n_embd = 4, 1, 2, 16
+    train_char.settle(s, torch.device("cpu"))
+    s.gradient_accumulation_steps = 4
+    run = train_char.Run(s, torch.device("cpu"))
+    x, k = (torch.cat(parts) for parts in zip(*(run.batch(m) for m in range(4)), strict=True))
+    assert k.flatten().sort().values.tolist() == list(range(16))
+    assert len(x.unique(dim=0)) == 16
+    run.step = 1
+    assert not torch.equal(x[:4], run.batch(0)[0])
+
+
+def test_accumulation_needs_equal_shares(work, monkeypatch):
+    monkeypatch.setattr(train_char, "WORLD", 2)
+    s = train_char.Settings(gradient_accumulation_steps=3)
+    with pytest.raises(UserError, match="3 must be divisible by the 2 processes"):
+        train_char.settle(s, torch.device("cpu"))
+
+
+def test_averaged_weights(work):
+    """--ema: the exponential average of the weights after each step, saved for use, and carried on
+    by --resume."""
+    flags = "--model arm --eval_interval 1 --ema 0.8 --lr_decay_iters 4 --learning_rate 1e-2"
+    average = None
+    for step in range(1, 5):  # stopped after every step
+        train("--resume --max_iters 4".replace("4", str(step)), base="") if step > 1 else train(
+            f"{flags} --max_iters 1"
+        )
+        raw, name = checkpoint("out/last.pt")["model"], "lm_head.weight"
+        average = raw[name] if average is None else 0.8 * average + 0.2 * raw[name]
+        ckpt = checkpoint("out/last.pt")
+        torch.testing.assert_close(ckpt["ema"][f"module.{name}"], average)
+    used = checkpoint("out/ckpt.pt")
+    assert used["step"] == 4 and "optimizer" not in used
+    torch.testing.assert_close(used["model"][name], average)
+    assert (used["model"][name] - raw[name]).abs().max() > 1e-3
+    train(f"{flags} --max_iters 4 --out_dir whole")
+    assert same(checkpoint("whole/last.pt")["ema"], ckpt["ema"])
+
+
+def test_presets():
+    """--preset gpt2 is GPT-2 small, 12 layers x 768 and half a million tokens a step."""
+    s = train_char.Settings(preset="gpt2", model="arm", n_layer=1)
+    train_char.settle(s, torch.device("cpu"))
+    assert s.batch_size * s.gradient_accumulation_steps * s.seq_len == 2**19
+    assert (s.n_layer, s.n_embd, s.learning_rate, s.dtype, s.compile) == (
+        1,
+        768,
+        6e-4,
+        "float32",
+        0,
+    )
+    with torch.device("meta"):
+        model = train_char.make_model(s, 50257)
+    n = {name: p.numel() for name, p in model.named_parameters()}
+    block = sum(v for name, v in n.items() if name.startswith("blocks."))
+    assert block == 768 * 768 * 4 + 3 * 768 * 2048 + 2 * 768
+    assert model.lm_head.weight.shape == (50304, 768) and model.config.vocab_size == 50257
+
+
+KILLS = int(os.environ.get("KILLS", 3))  # 20 in the long version
+
+
+def test_kill_at_any_moment(work):
+    """kill -9 while it trains, validates and writes: both checkpoints always load, training goes on
+    from the last one, and in the end it is the run that was never killed, step by step."""
+    rng = random.Random(1)
+    flags = f"--data text.txt {TINY} --model lomdm --n_embd 64 --eval_interval 1 --log_interval 1"
+    flags += " --eval_windows 2"
+    script, first = [sys.executable, str(ROOT / "train_char.py")], True
+    for _ in range(KILLS):
+        how = flags.split() if first else ["--resume"]
+        begun = checkpoint("out/last.pt")["step"] if not first else 0
+        started = time.time()
+        argv = [*script, *how, "--max_iters", "100000", "--lr_decay_iters", "300"]
+        run = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        os.set_blocking(run.stderr.fileno(), False)
+        log, deadline = Path("out/log.jsonl"), time.monotonic() + 60
+        while time.monotonic() < deadline:  # until it trains, and then a while
+            if log.exists() and log.stat().st_mtime > started:
+                with contextlib.suppress(ValueError):  # a line that is being written
+                    if max(losses("out"), default=0) > begun:
+                        break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        assert run.poll() is None, run.stderr.read()
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stderr.close()
+        if Path("out/last.pt").exists():
+            first = False
+            assert sample.load_checkpoint("out/ckpt.pt", "cpu")
+            assert sample.load_checkpoint("out/last.pt", "cpu")[0]["step"] >= begun
+    last = checkpoint("out/last.pt")["step"]
+    assert last > KILLS and not any(p.name != "out" for p in work.glob("out*"))
+    train(f"--resume --max_iters {last + 2}", base="")
+    train(f"{flags} --max_iters {last + 2} --lr_decay_iters 300 --out_dir whole", base="")
+    for key in ("step", "model", "optimizer", "best"):
+        assert same(checkpoint("out/last.pt")[key], checkpoint("whole/last.pt")[key]), key
+    assert losses("out") == losses("whole")
+
+
+def test_a_really_full_disk(work):
+    """Files may not grow beyond 60 kB: the error is one line, the earlier run still there, and
+    nothing half-written besides it."""
+    resource = pytest.importorskip("resource")
+    train("--max_iters 1")
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+    argv = [sys.executable, str(ROOT / "train_char.py"), "--resume", "--max_iters", "2"]
+    got = subprocess.run(argv, capture_output=True, text=True, preexec_fn=limit)
+    assert got.returncode == 1 and "Traceback" not in got.stderr
+    assert "error: cannot write out/" in got.stderr.splitlines()[-1]
+    for name in ("out/ckpt.pt", "out/last.pt"):
+        assert Path(name).read_bytes() == before[Path(name)]
+    assert not list(Path("out").glob("*.tmp"))
