@@ -216,7 +216,7 @@ def sampling(a):
             print(f"{m:2} {name:27}{speed[0]:9,.0f}{spread:>18}{ratio:8.2f}")
 
 
-def main():
+def parse(argv):
     p = sample.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--device", default=sample.pick_device(None).type)
     p.add_argument("--preset", choices=tuple(PRESETS), help="small on CPU, base on CUDA")
@@ -229,7 +229,11 @@ def main():
     p.add_argument("--compile", action="store_true", help="for training")
     p.add_argument("--repeats", type=int, default=9)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    a = p.parse_args()
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    a = parse(argv)
     cuda = sample.pick_device(a.device).type == "cuda"
     a.preset = a.preset or ("base" if cuda else "small")
     a.dtype = a.dtype or ("bfloat16" if cuda else "float32")

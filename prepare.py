@@ -347,13 +347,17 @@ def is_current(folder, source):
         raise UserError(f"{folder} holds no prepared tokens; delete it or move it away") from None
 
 
-def main(argv=None):
+def parse(argv):
     p = sample.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", default="shakespeare", help="as train_char.py")
     p.add_argument("--val_data", help="as train_char.py")
     p.add_argument("--tokenizer", choices=("char", "gpt2"), help="as train_char.py")
     p.add_argument("--data_dir", help="as train_char.py")
-    a = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    a = parse(argv)
     corpus, name = load(a.data, a.tokenizer, a.val_data, a.data_dir)
     print(f"{name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate")
 

@@ -3,11 +3,14 @@ Print samples from a checkpoint of train_char.py, and when each character was re
 
     python sample.py                                     samples from out/ckpt.pt
     python sample.py --prompt "ROMEO:" --show order      continue a text, coloured by order
-    python sample.py --infill "To be, ____ not to be"    fill the gaps, one character for each _
+    python sample.py --infill "To be, ____ not to be"    fill the gaps, one token for each _
+    python sample.py --html out.html --svg out.svg       a page that plays it, and a still
 """
 
 import argparse
 import codecs
+import html
+import json
 import os
 import sys
 import zipfile
@@ -243,6 +246,58 @@ def show(samples, order):
         print(render(pieces, at, colour) if order else plain)
 
 
+def page(samples, about):
+    """One HTML file that plays how the samples were written. It needs nothing but a browser."""
+    rows = [dict(pieces=pieces, at=at) for pieces, at in samples]
+    data = json.dumps(dict(about=about, samples=rows)).replace("<", "\\u003c")  # no </script>
+    template = Path(__file__).with_name("page.html").read_text("utf-8")
+    return template.replace('"DATA"', data)
+
+
+def svg(samples, width=72):
+    """The samples as a picture, coloured by order, on light and dark grounds alike."""
+    cells, row = [], 0  # (row, column, character, tenth or None)
+    for pieces, revealed_at in samples:
+        calls = sorted({at for at in revealed_at if at >= 0})
+        scale = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
+        column = 0
+        for piece, at in zip(pieces, revealed_at, strict=True):
+            for c in piece:
+                if column == width:
+                    row, column = row + 1, 0
+                shown = "↵" if c == "\n" else printable(c)
+                cells.append((row, column, shown, scale.get(at)))
+                row, column = (row + 1, 0) if c == "\n" else (row, column + 1)
+        row += 2
+    hues = "".join(f".c{i}{{fill:hsl({15 + 265 * i // 9} 85% 38%)}}" for i in range(10))
+    dark = hues.replace("38%", "70%")
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {9 * width + 20} {18 * row + 24}">',
+        f"<style>text{{font:15px monospace;fill:#222}}{hues}",
+        f"@media(prefers-color-scheme:dark){{text{{fill:#ddd}}{dark}}}</style>",
+        '<text x="10" y="16">first</text><text x="160" y="16">last</text>',
+        *(f'<rect class="c{i}" x="{60 + 9 * i}" y="6" width="9" height="11"/>' for i in range(10)),
+    ]
+    for row, column, c, tenth in cells:
+        if c != " ":
+            style = "" if tenth is None else f' class="c{tenth}"'
+            at = f'x="{10 + 9 * column}" y="{42 + 18 * row}"'
+            out.append(f"<text{style} {at}>{html.escape(c)}</text>")
+    return "\n".join([*out, "</svg>\n"])
+
+
+def write(path, text):
+    """Whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+    print(f"wrote {path}")
+
+
 def draw(model, z, tokenizer, seed, n_shown, by=None, per_step=1, group_size=1, **kw):
     """Fill z (N, L), where it is tokenizer.size. Returns N samples of n_shown tokens: the text of
     each token, and the number of the call that filled it in, -1 if given."""
@@ -261,7 +316,7 @@ def draw(model, z, tokenizer, seed, n_shown, by=None, per_step=1, group_size=1, 
     return [(tokenizer.pieces(ids), at) for ids, at in rows]
 
 
-def main(argv=None):
+def parse(argv):
     p = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -282,9 +337,15 @@ def main(argv=None):
     )
     p.add_argument("--group_size", type=int, help="a3: tokens a group with --by left [1]")
     p.add_argument("--show", choices=("text", "order"), default="text")
+    p.add_argument("--html", help="write a page that plays how the samples came about")
+    p.add_argument("--svg", help="write a picture of the samples")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
-    a = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    a = parse(argv)
     if a.num_samples < 1 or not 0 <= a.seed < 2**63:
         raise UserError("--num_samples must be at least 1, and --seed in [0, 2^63)")
     ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))
@@ -308,6 +369,11 @@ def main(argv=None):
     except ValueError as e:
         raise UserError(str(e)) from None
     show(samples, a.show == "order")
+    if a.html:
+        best = f"validation {ckpt['best']:.3f} nats per token after {ckpt['step']:,} steps"
+        write(a.html, page(samples, f"Written by {ckpt['model_name']}, {best}."))
+    if a.svg:
+        write(a.svg, svg(samples))
 
 
 if __name__ == "__main__":
