@@ -321,7 +321,12 @@ class A3(nn.Module):
         if len(x) <= rows:
             return F.cross_entropy(self.logits(h), x, reduction="none")
         chunks = zip(h.split(rows), x.split(rows), strict=True)
-        return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat(
+            [
+                checkpoint(self.nll, *chunk, use_reentrant=False, preserve_rng_state=False)
+                for chunk in chunks
+            ]
+        )
 
     def features(self, x, groups, single=None):
         """(3) The final query states (B, L, n_embd) of all positions, each in its place. single:

@@ -4,24 +4,25 @@ Time, memory and arithmetic of every model, beside the ARM's.
     python bench.py                                 CPU: training and sampling, small size
     python bench.py --preset base --batch_size 4    nanoGPT's size for tinyshakespeare
     python bench.py --device cuda --compile         the same on a GPU, with its defaults
-    python bench.py --preset gpt2 --batch_size 1 --what count     operations, estimate for an H100
-    python bench.py --preset gpt2 --batch_size 1 --what memory    peak of two training steps
+    python bench.py --preset gpt2 --what count      operations, and an estimate for one H100
+    python bench.py --preset gpt2 --batch_size 1 --what memory      peak of two training steps
 
 The models take turns, so a machine that slows down slows all of them; a figure is the median of
 --repeats, (min-max) beside it. Tokens are those of the batch: LoMDM reads each of them in two
 orders. Sampling writes batch_size texts from nothing.
 """
 
+import argparse
 import multiprocessing
 import statistics
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import a3
 import lomdm
@@ -49,8 +50,8 @@ def make(name, a):
     size = a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd
     torch.manual_seed(0)
     is_a3 = isinstance(how, tuple)
-    model = a3.A3(a3.Config(*size)) if is_a3 else lomdm.LoMDM(lomdm.Config(*size, **how))
-    model = model.to(device)
+    with device:
+        model = a3.A3(a3.Config(*size)) if is_a3 else lomdm.LoMDM(lomdm.Config(*size, **how))
     loss_of = torch.compile(model.loss, dynamic=False) if a.compile else model.loss
 
     def loss(x):
@@ -131,19 +132,29 @@ class CountBytes(TorchDispatchMode):
 
 
 def operations(name, a):
-    """FLOP of forward and backward per token, matrix products and attention, and per byte moved."""
-    _, loss = make(name, a)
-    x = torch.randint(a.vocab_size, (a.batch_size, a.seq_len), device=a.device)
-    with FlopCounterMode(display=False) as count, CountBytes() as moved:
-        loss(x).backward()
-    return count.get_total_flops() / x.numel(), count.get_total_flops() / moved.total
+    """Parameters; FLOP of forward and backward per token, matrix products and attention (all of it,
+    also where it is causal), and per byte moved. Tensors are fake: nothing is computed."""
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {  # of shapes; torch has them for CUDA only
+        cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    eager = argparse.Namespace(**vars(a) | dict(compile=False, device="cpu"))
+    with FakeTensorMode():
+        model, loss = make(name, eager)
+        x = torch.randint(a.vocab_size, (a.batch_size, a.seq_len))
+        flops = FlopCounterMode(display=False, custom_mapping=formulas)
+        with flops, CountBytes() as moved:
+            loss(x).backward()
+    flop = flops.get_total_flops()
+    return sum(p.numel() for p in model.parameters()), flop / x.numel(), flop / moved.total
 
 
 def count(names, a):
     print("                      parameters  MFLOP/token  FLOP/byte   estimate for one H100, bf16")
     for name in names:
-        n = sum(p.numel() for p in make(name, a)[0].parameters())
-        flop, intensity = operations(name, a)
+        n, flop, intensity = operations(name, a)
         speed = SHARE * PEAK["H100"] / flop
         print(
             f"{name:22}{n / 1e6:9.1f}M{flop / 1e6:13,.0f}{intensity:11.1f}   {speed:9,.0f} tok/s, "
@@ -177,7 +188,7 @@ def training(names, a):
         print(
             f"{name:22}{m * 1e3:11.1f}{spread:>16}{speed:9,.0f}{m / median['arm']:7.2f}"
             f"{memory[name] / 2**20:9,.0f}",
-            f"{speed * operations(name, a)[0] / peak:15.1%}" if peak else "",
+            f"{speed * operations(name, a)[1] / peak:15.1%}" if peak else "",
         )
 
 
@@ -217,7 +228,7 @@ def sampling(a):
 
 
 def parse(argv):
-    p = sample.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default=sample.pick_device(None).type)
     p.add_argument("--preset", choices=tuple(PRESETS), help="small on CPU, base on CUDA")
     p.add_argument("--what", choices=("all", "train", "sample", "memory", "count"), default="all")
@@ -248,8 +259,7 @@ def main(argv=None):
     if unknown := [name for name in names if name not in MODELS]:
         raise sample.UserError(f"--models: no {unknown[0]!r}; there are {', '.join(MODELS)}")
     try:
-        for name in names:
-            make(name, a)
+        lomdm.Config(a.vocab_size, a.seq_len, a.n_layer, a.n_head, a.n_embd)
     except ValueError as e:
         raise sample.UserError(str(e)) from None
     torch.set_num_threads(a.threads)

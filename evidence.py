@@ -1,14 +1,15 @@
 """
 The numbers and pictures of the README, from the runs of train_char.py. Each prints a table.
 
-    python evidence.py table out/lomdm_s*               best validation, mean over seeds
-    python evidence.py curves out/* --svg curves.svg    validation during training
-    python evidence.py bounds out/lomdm out/mdm         jump and paper bound, paired differences
-    python evidence.py order out/lomdm --svg order.svg  mean order weight by character class
-    python evidence.py fraction out/* --svg f.svg       nats per token by how much is revealed
-    python evidence.py variance out/lomdm               gradients: orders against times
-    python evidence.py samples out/lomdm --judge out/arm    the learned order while sampling
-    python evidence.py infill out/a3 out/lomdm          gaps in validation passages
+    python evidence.py table runs/lomdm_s*               best validation, mean over seeds
+    python evidence.py curves runs/* --svg curves.svg    validation during training
+    python evidence.py bounds runs/lomdm runs/mdm         jump and paper bound, paired differences
+    python evidence.py order runs/lomdm --svg order.svg  mean order weight by character class
+    python evidence.py passage runs/lomdm --svg p.svg    a text coloured by its order weights
+    python evidence.py fraction runs/* --svg f.svg       nats per token by how much is revealed
+    python evidence.py variance runs/lomdm               gradients: orders against times
+    python evidence.py samples runs/lomdm --judge runs/arm    the learned order while sampling
+    python evidence.py infill runs/a3 runs/lomdm          gaps in validation passages
     python evidence.py times --model mdm ..             train_char.py with the time estimator
 
 Standard errors are over windows of the validation split, or over seeds where it says so.
@@ -107,8 +108,7 @@ def chart(series, xlabel, ylabel, names=None):
 
 def save_svg(a, *what):
     if a.svg:
-        prepare.write_file(Path(a.svg), lambda path: path.write_text(chart(*what), "utf-8"))
-        print(f"wrote {a.svg}")
+        sample.write(a.svg, chart(*what))
 
 
 # ---- what runs left behind -----------------------------------------------------------------------
@@ -134,7 +134,7 @@ class Checkpoint:
         """f(x (B, L), generator) -> (B, ..) for all windows: (N, ..)."""
         g = torch.Generator(self.val.device).manual_seed(2)
         with torch.no_grad():
-            return torch.cat([f(x, g).double().cpu() for x in self.val.split(rows)])
+            return torch.cat([f(x, g).cpu().double() for x in self.val.split(rows)])
 
 
 def validations(out_dir):
@@ -309,6 +309,24 @@ def order(a):
     save_svg(a, series, "", "order weight / mean", list(CLASSES))
 
 
+def passage(a):
+    """A passage of the validation text, coloured by its order weights: in each window the largest
+    weight first. Prints it with digits, 0 for the largest."""
+    for out_dir in a.out_dirs:
+        c = Checkpoint(out_dir, a)
+        if isinstance(c.model, a3.A3) or not c.model.config.learn_order:
+            raise UserError(f"{out_dir} holds a model without a learned order")
+        x = c.val[len(c.val) // 2 :][:8]
+        with torch.no_grad():
+            w = c.model.order_weights(x)
+        rank = w.argsort(1, descending=True).argsort(1)  # 0: the largest weight of its window
+        shown = [(c.tokenizer.pieces(x.flatten().tolist()), rank.flatten().tolist())]
+        print(c.name)
+        sample.show(shown, True)
+        if a.svg:
+            sample.write(a.svg, sample.svg(shown))
+
+
 def samples(a):
     """Texts drawn in the learned order and in a uniformly random one, by tokens a call: their cost
     under the model's own bound and under an ARM, and the entropy of their characters."""
@@ -370,12 +388,13 @@ def infill(a):
 # ---- orders against times ------------------------------------------------------------------------
 
 
-def loss_at_times(model, x, k=None):
-    """LoMDM.loss with the estimator of the papers: equation (2) at one time for each text, spread
-    over the batch, and RLOO over two z_t of the same time. For one block."""
+def loss_at_times(model, x, k=None, t=None):
+    """LoMDM.loss with the estimator of the papers: equation (2) at one time t (B, 1) for each text,
+    spread over the batch, and RLOO over two z_t of the same time. For one block."""
     (B, L), K = x.shape, model.config.block_len
     draws = 2 if model.config.learn_order else 1
-    t = (torch.arange(B, device=x.device) + torch.rand(1, device=x.device))[:, None] / B  # (B, 1)
+    if t is None:
+        t = (torch.arange(B, device=x.device) + torch.rand(1, device=x.device))[:, None] / B
     t, x = t.repeat(draws, 1), x.repeat(draws, 1)
     w = model.order_weights(x[:B]).repeat(draws, 1)  # (draws B, L)
     alpha, velocity = lomdm.schedule(t, L, K, w)
@@ -433,7 +452,7 @@ def times(argv):
     train_char.main(argv)
 
 
-COMMANDS = (table, curves, bounds, order, fraction, variance, samples, infill)
+COMMANDS = (table, curves, bounds, order, passage, fraction, variance, samples, infill)
 
 
 def parse(argv):

@@ -365,7 +365,12 @@ class LoMDM(nn.Module):
         if len(x) <= rows:
             return F.cross_entropy(self.logits(h), x, reduction="none")
         chunks = zip(h.split(rows), x.split(rows), strict=True)
-        return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat(
+            [
+                checkpoint(self.nll, *chunk, use_reentrant=False, preserve_rng_state=False)
+                for chunk in chunks
+            ]
+        )
 
     def masked_nll(self, h, x, masked, size):
         """-log mu^i(x_i) at the masked positions, 0 elsewhere: (B, L). Logits are made for `size`

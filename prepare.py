@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sample
-from sample import UserError, tokenizer_of
+from sample import UserError, tokenizer_of, write_file
 
 DATA = Path(__file__).parent / "data"
 SHAKESPEARE_URL = (
@@ -36,23 +36,6 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PIECE = 2**20  # characters that are encoded at a time
 LONGEST = 2**23  # without a place to cut; then anywhere
-
-
-def write_file(path, write):
-    """Call write(temporary path), then rename: path is the old file or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write {path}: {e.strerror}") from None
-        if isinstance(e, RuntimeError):  # how torch.save reports it
-            raise UserError(f"cannot write {path}: is the disk full?") from None
-        raise
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -104,17 +87,18 @@ def openwebtext():
     ]
 
 
-def files_of(data):
-    """The files that --data names: one, or all .txt and .jsonl in a folder and below, by name."""
+def files_of(data, flag="--data", but=()):
+    """The files that a flag names: one, or all .txt and .jsonl in a folder and below, by name; but
+    not those of another flag, as nothing is to be in both."""
     path = Path(data)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
-        if not files:
-            raise UserError(f"--data {data} is a folder without .txt or .jsonl files")
-        return files
-    if not path.is_file():
-        raise UserError(f"--data {data}: no such file or folder")
-    return [path]
+    if not path.exists():
+        raise UserError(f"{flag} {data}: no such file or folder")
+    inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+    taken = {p.resolve() for p in but}
+    files = [p for p in (inside if path.is_dir() else [path]) if p.resolve() not in taken]
+    if not files:
+        raise UserError(f"{flag} {data} has no .txt or .jsonl files" + " of its own" * bool(taken))
+    return files
 
 
 def pieces_of(files):
@@ -202,8 +186,11 @@ def write_tokens(path, arrays):
 
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while raw := f.read(2**20):
+            digest.update(raw)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -216,7 +203,8 @@ def only_one(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network drives have no locks
+            fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
@@ -258,8 +246,12 @@ def prepare(folder, source, train, val, tokenizer):
         meta[name] = dict(tokens=n, sha256=sha256(work / f"{name}.bin"))
     meta["seconds"] = round(time.perf_counter() - began, 1)
     (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(work, folder)
+    if folder.exists():  # tokens of a text that has changed
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+    os.rename(work, folder)
 
 
 class Corpus:
@@ -302,7 +294,8 @@ def load(data, tokenizer=None, val_data=None, folder=None):
     that was taken in the end: shakespeare without network becomes python-docs."""
     root = Path(folder) if folder else DATA
     tokenizer = tokenizer or ("gpt2" if data == "openwebtext" else "char")
-    val = None
+    val_files = files_of(val_data, "--val_data") if val_data else []
+    val = (lambda: pieces_of(val_files)) if val_files else None
     if data == "shakespeare":
         path = shakespeare(root)
         data = "python-docs" if path is None else data
@@ -311,26 +304,26 @@ def load(data, tokenizer=None, val_data=None, folder=None):
     elif data == "openwebtext":
         name, source, train = data, dict(data=data), None
     else:
-        files = [path] if data == "shakespeare" else files_of(data)
+        files = [path] if data == "shakespeare" else files_of(data, but=val_files)
         source, train = describe(files), lambda: pieces_of(files)
         name = data
         if data != "shakespeare":
-            name = f"{Path(data).stem}-{crc32(str(Path(data).resolve()).encode()):08x}"
+            name = f"{Path(data).resolve().stem}-{crc32(str(Path(data).resolve()).encode()):08x}"
     if val_data:
-        val_files = files_of(val_data)
         more = describe(val_files)
         source["bytes"] = source.get("bytes", 0) + more["bytes"]
         source["val_files"] = more["files"]
-        val = lambda: pieces_of(val_files)  # noqa: E731
         name += f"-{crc32(str(Path(val_data).resolve()).encode()):08x}"
     target = root / (name if tokenizer == "gpt2" else f"{name}-{tokenizer}")
     source |= dict(tokenizer=tokenizer)
     try:
-        with only_one(target.with_name(target.name + ".lock")):
-            if not is_current(target, source):
-                if data == "openwebtext":
-                    train, val = openwebtext()
-                prepare(target, source, train, val, tokenizer)
+        if not is_current(target, source):
+            with only_one(target.with_name(target.name + ".lock")):
+                if not is_current(target, source):  # or another process has just done it
+                    if data == "openwebtext":
+                        train, test = openwebtext()
+                        val = val or test
+                    prepare(target, source, train, val, tokenizer)
     except OSError as e:
         raise UserError(f"cannot prepare {target}: {e.strerror or e}") from None
     return Corpus(target), data

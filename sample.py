@@ -9,6 +9,7 @@ Print samples from a checkpoint of train_char.py, and when each character was re
 
 import argparse
 import codecs
+import contextlib
 import html
 import json
 import os
@@ -44,7 +45,8 @@ def run(main):
         main()
         sys.stdout.flush()
     except UserError as e:
-        sys.exit(f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1)  # torchrun: once
+        # of several processes on a machine, one speaks
+        sys.exit(f"error: {e}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (
@@ -53,11 +55,28 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, MemoryError, OverflowError) as e:
-        sys.exit(f"error: {e or 'not enough memory'}")
+        sys.exit(f"error: {str(e) or 'not enough memory'}")
     except RuntimeError as e:
-        if "alloc" not in str(e) and "out of memory" not in str(e):
+        if not any(word in str(e).lower() for word in ("alloc", "out of memory", "overflow")):
             raise
         sys.exit("error: not enough memory; take a smaller model, batch or number of samples")
+
+
+def write_file(path, write):
+    """Call write(temporary path), then rename: path is the old file or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write {path}: {e.strerror}") from None
+        if isinstance(e, RuntimeError):  # how torch.save reports it
+            raise UserError(f"cannot write {path}: is the disk full? ({str(e)[:60]})") from None
+        raise
 
 
 def pick_device(name):
@@ -150,6 +169,7 @@ class GPT2:
         self.size = self.bpe.n_vocab
 
     def encode(self, text):
+        text = text.encode("utf-8", "replace").decode()  # a terminal may hand over half characters
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def encode_all(self, batch):
@@ -213,14 +233,19 @@ def printable(c):
     return c if c.isprintable() else "·"  # an escape sequence in a text must not reach a terminal
 
 
+def tenths(revealed_at):
+    """{number of a call: 0 for the first .. 9 for the last}, without -1, which is given."""
+    calls = sorted({at for at in revealed_at if at >= 0})
+    return {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
+
+
 def render(pieces, revealed_at, colour):
     """One sample with its order: colours, or a line of digits under each line of text.
 
     pieces: the text of each token; revealed_at: the number of the call that revealed it, -1 where
     it was given.
     """
-    calls = sorted({at for at in revealed_at if at >= 0})
-    scale = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
+    scale = tenths(revealed_at)
     out, digits = [], []
     for piece, at in zip(pieces, revealed_at, strict=True):
         for c in piece:
@@ -258,9 +283,7 @@ def svg(samples, width=72):
     """The samples as a picture, coloured by order, on light and dark grounds alike."""
     cells, row = [], 0  # (row, column, character, tenth or None)
     for pieces, revealed_at in samples:
-        calls = sorted({at for at in revealed_at if at >= 0})
-        scale = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
-        column = 0
+        scale, column = tenths(revealed_at), 0
         for piece, at in zip(pieces, revealed_at, strict=True):
             for c in piece:
                 if column == width:
@@ -287,14 +310,7 @@ def svg(samples, width=72):
 
 
 def write(path, text):
-    """Whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
+    write_file(Path(path), lambda temporary: temporary.write_text(text, "utf-8"))
     print(f"wrote {path}")
 
 

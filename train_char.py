@@ -16,6 +16,8 @@ processes do together what one does alone with the same --gradient_accumulation_
 """
 
 import contextlib
+import datetime
+import importlib.util
 import json
 import math
 import os
@@ -38,10 +40,11 @@ import a3
 import lomdm
 import prepare
 import sample
-from prepare import write_file
-from sample import FORMAT, Parser, UserError, tokenizer_of
+from sample import FORMAT, Parser, UserError, tokenizer_of, write_file
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+RANK, WORLD = 0, 1
+if "LOCAL_RANK" in os.environ:  # started by torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 MODELS = ("arm", "mdm", "block", "lomdm", "a3")
 
@@ -124,6 +127,7 @@ MAY_CHANGE = {  # on --resume; the rest is what makes it the same run
     "min_lr", "lr_decay_iters", "grad_clip", "eval_interval", "eval_windows", "eval_draws",
     "log_interval", "dtype", "compile", "num_samples",
 }  # fmt: skip
+MEASURE = ("val_data", "eval_windows", "eval_draws")
 FOR = {  # flags that mean nothing to the other models
     "block_len": ("block", "lomdm"), "c1": ("lomdm",), "c2": ("lomdm",), "weights": ("lomdm",),
     "group_size": ("a3",), "shares": ("a3",), "init_from": ("a3",),
@@ -154,12 +158,21 @@ def truth(text):
     return text.lower() == "true"
 
 
+def is_modern(device):
+    """Whether it computes in bfloat16, and torch.compile has what it needs (Windows does not)."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
 def settle(s, device):
     """Fill in what follows the preset and other flags, and refuse what cannot be."""
     s.preset = s.preset or ("base" if device.type == "cuda" else "small")
     for name, value in (OTHERWISE | PRESETS[s.preset]).items():
         if getattr(s, name) is None:
-            if device.type != "cuda" and name in ("dtype", "compile"):
+            if name in ("dtype", "compile") and not is_modern(device):
                 value = PRESETS["small"][name]
             setattr(s, name, value)
     if s.lr_decay_iters is None:
@@ -187,6 +200,9 @@ def settle(s, device):
         for name in names.split():
             if not getattr(s, name) >= least:  # NaN is caught as well
                 raise UserError(f"--{name} must be at least {least}")
+    for name, value in asdict(s).items():
+        if type(value) is int and name != "seed" and value >= 2**31:
+            raise UserError(f"--{name} {value} is too large")
     if not all(0 <= x < 1 for x in (s.beta1, s.beta2, s.ema)) or s.seed >= 2**63:
         raise UserError("--beta1, --beta2 and --ema must be in [0, 1), and --seed below 2^63")
     if s.gradient_accumulation_steps % WORLD:
@@ -254,9 +270,9 @@ def evaluate(nats_of, val, s, device):
     """Mean and standard error, nats per token, over consecutive windows of val: all of them, what
     is left over at the end included, or --eval_windows that are evenly spread.
 
-    Every call draws the same orders, so one checkpoint has one number. The standard error is that
-    of a ratio, sum of nats over sum of tokens: it covers the choice of windows and of orders, not
-    that of the training seed.
+    In float32, whatever training uses. Every call draws the same orders, so one checkpoint has one
+    number. The standard error is that of a ratio, sum of nats over sum of tokens: it covers the
+    choice of windows and of orders, not that of the training seed.
     """
     generator = torch.Generator(device).manual_seed(1)
     L, nats, length = s.seq_len, [], []
@@ -270,8 +286,7 @@ def evaluate(nats_of, val, s, device):
         batches.append(np.asarray(val[whole.size :])[None])
     for x in batches:
         x = torch.from_numpy(x.astype(np.int64)).to(device)
-        with autocast(s, device):
-            nats.append(nats_of(x, generator).double().cpu())
+        nats.append(nats_of(x, generator).cpu().double())
         length.append(torch.full((len(x),), x.shape[1], dtype=torch.float64))
     nats, length = torch.cat(nats), torch.cat(length)  # (windows,) each
     mean = nats.sum() / length.sum()
@@ -468,9 +483,11 @@ class Run:
         s = self.s
         objective = Objective(self.model)
         if s.compile:
+            # one graph, also inside DistributedDataParallel: parts of one would draw other numbers
+            torch._dynamo.config.optimize_ddp = False
             objective = torch.compile(objective, dynamic=False)
         if WORLD > 1:
-            objective = DistributedDataParallel(objective, broadcast_buffers=False)
+            objective = DistributedDataParallel(objective)
         if self.step >= s.max_iters:  # stopped before, or nothing left to do
             print(f"already at step {self.step}; a larger --max_iters goes on")
             self.validate()
@@ -501,7 +518,7 @@ class Run:
                 if WORLD > 1:  # all processes must see the same numbers, and stop together
                     dist.all_reduce(numbers)
                     numbers /= WORLD
-                *numbers, stopping = numbers.double().tolist()
+                *numbers, stopping = numbers.tolist()
                 numbers = np.array(numbers).reshape(len(pending), -1)
                 if not np.isfinite(numbers).all():
                     first = np.flatnonzero(~np.isfinite(numbers).all(1))[0]
@@ -534,9 +551,9 @@ class Run:
         return what + f"{last}; --resume with a lower --learning_rate or --grad_clip"
 
 
-def load_arm(s, device):
+def load_arm(s):
     """The ARM's checkpoint that --init_from names. Sizes not given as flags become the ARM's."""
-    ckpt, _ = sample.load_checkpoint(Path(s.init_from) / "ckpt.pt", device)
+    ckpt, _ = sample.load_checkpoint(Path(s.init_from) / "ckpt.pt", "cpu")
     if ckpt["model_name"] != "arm":  # an MDM's weights have the same names and shapes
         raise UserError(
             f"--init_from needs an ARM; {s.init_from} holds a model {ckpt['model_name']}"
@@ -552,7 +569,7 @@ def begin(given):
     s = Settings(**given)
     device = sample.pick_device(s.device)
     s.device = str(device)
-    arm = load_arm(s, device) if s.init_from is not None and s.model == "a3" else None
+    arm = load_arm(s) if s.init_from is not None and s.model == "a3" else None
     settle(s, device)
     run = Run(s, device)
     if run.out.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -586,6 +603,7 @@ def resume(given):
     """The run in out_dir, as it was at its last checkpoint."""
     path = Path(given.get("out_dir", Settings.out_dir)) / "last.pt"
     ckpt, _ = sample.load_checkpoint(path, "cpu")
+    broken = UserError(f"{path} is incomplete, or from another version; train again")
     try:
         saved = ckpt["settings"] | {"out_dir": str(path.parent)}  # it may have been moved
         for name, value in given.items():
@@ -596,13 +614,20 @@ def resume(given):
                 )
         if "learning_rate" in given:
             saved["min_lr"] = None  # a tenth of the new one
+        if given.get("device", saved["device"]).split(":")[0] != saved["device"].split(":")[0]:
+            saved["dtype"] = saved["compile"] = None  # as the new device has it
         s = Settings(**(saved | given))
-        device = sample.pick_device(s.device)
-        settle(s, device)
-        run = Run(s, device)
+    except (KeyError, TypeError, AttributeError):
+        raise broken from None
+    device = sample.pick_device(s.device)
+    settle(s, device)
+    run = Run(s, device)
+    try:
         run.restore(ckpt)
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path} is incomplete, or from another version; train again") from None
+    except (KeyError, TypeError, ValueError):
+        raise broken from None
+    if any(given.get(name, saved[name]) != ckpt["settings"][name] for name in MEASURE):
+        run.best = math.inf  # figures of different measures do not compare
     if s.max_iters > s.lr_decay_iters:
         print(f"the learning rate stays at {s.min_lr:g} after step {s.lr_decay_iters}")
     if RANK:
@@ -622,17 +647,33 @@ def logged_by(line, step):
         return False
 
 
+def join_processes(given):
+    """Take a GPU for this process if there is one for each, and meet the others."""
+    cuda = torch.cuda.is_available() and given.get("device") != "cpu"
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise UserError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {torch.cuda.device_count()} GPUs here"
+        )
+    given["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(given["device"])
+    dist.init_process_group(
+        "nccl" if cuda and dist.is_nccl_available() else "gloo",
+        timeout=datetime.timedelta(days=1),  # the others wait while one prepares or validates
+        device_id=torch.device(given["device"]) if cuda else None,
+    )
+
+
 def main(argv=None):
     given = parse(argv)
+    if WORLD > 1:
+        join_processes(given)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if WORLD > 1:
-        cuda = torch.cuda.is_available() and given.get("device") != "cpu"
-        given["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-        if cuda:
-            torch.cuda.set_device(given["device"])
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.barrier()  # the first one prepares the data, and says what is wrong with it
     run = resume(given) if given.get("resume") else begin(given)
+    if WORLD > 1 and not RANK:
+        dist.barrier()
     s, model = run.s, run.model
     n = sum(p.numel() for p in model.parameters())
     print(

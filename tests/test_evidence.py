@@ -24,49 +24,45 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def exact_paper_bound(model, x, steps=300):
-    """Equation (2) for one text x (1, L): all 2^L masks at each time of a fine grid."""
+def exact_rate(model, x, t):
+    """The integrand of equation (2) at one time t for one text x (1, L), from all 2^L masks."""
     L = x.shape[1]
     masks = torch.tensor(list(itertools.product([False, True], repeat=L)))  # (2^L, L)
     x = x.expand(len(masks), L)
     z = x.masked_fill(masks, model.mask_id)
-    w, w_hat = model.order_weights(x[:1]), model.order_weights_hat(z)
-    log_mu = model.log_probs(z)
-    total = 0
-    for i in range(steps):
-        u = (torch.full((1, 1), i) + 0.5) / steps
-        t = u**4  # fine where 1 / t is large
-        alpha, velocity = lomdm.schedule(t, L, L, w)
-        _, velocity_hat = lomdm.schedule(t, L, L, w_hat)
-        p = torch.where(masks, 1 - alpha, alpha).prod(1)  # (2^L,)
-        recon, order = lomdm.nelbo_rate(log_mu, x, masks, velocity.expand_as(w_hat), velocity_hat)
-        total = total + (p * (recon + order)).sum() * 4 * u**3 / steps
-    return total.squeeze()
+    alpha, velocity = lomdm.schedule(t, L, L, model.order_weights(x[:1]))
+    _, velocity_hat = lomdm.schedule(t, L, L, model.order_weights_hat(z))
+    p = torch.where(masks, 1 - alpha, alpha).prod(1)  # (2^L,)
+    velocity = velocity.expand_as(velocity_hat)
+    recon, order = lomdm.nelbo_rate(model.log_probs(z), x, masks, velocity, velocity_hat)
+    return (p * (recon + order)).sum()
 
 
 @pytest.mark.parametrize("learn_order", [False, True])
-def test_loss_at_times_is_the_papers_bound(float64, learn_order):
-    """Its mean is equation (2), and the mean of its gradient is the gradient of equation (2), the
-    forward weights' included; within five standard errors of 20 batches of 20,000."""
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_loss_at_times_is_the_papers_bound(float64, learn_order, t):
+    """At any time its mean is the integrand of equation (2), and the mean of its gradient the
+    gradient of that, the forward weights' included, within five standard errors."""
     torch.manual_seed(0)
     model = lomdm.LoMDM(lomdm.Config(3, 3, 1, 2, 8, learn_order=learn_order))
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.5)
     x = torch.tensor([[0, 2, 1]])
-    bound = exact_paper_bound(model, x) / 3
+    rate = exact_rate(model, x, torch.tensor([[t]])) / 3
     names = ["lm_head.weight"] + ["g.score.weight", "g_hat.score.weight"] * learn_order
     params = [dict(model.named_parameters())[n] for n in names]
-    want = [bound, *torch.autograd.grad(bound, params)]
+    want = [rate, *torch.autograd.grad(rate, params)]
     values = []
     for _ in range(20):
-        loss, metrics = evidence.loss_at_times(model, x.expand(20_000, 3))
+        many = torch.full((2000, 1), t)
+        loss, metrics = evidence.loss_at_times(model, x.expand(2000, 3), t=many)
         values.append([metrics["nelbo"], *torch.autograd.grad(loss, params)])
     for w, *got in zip(want, *values, strict=True):
         got = torch.stack(got).flatten(1) if w.ndim else torch.stack(got)[:, None]
         error = got.std(0) / math.sqrt(len(got))
         z = (got.mean(0) - w.detach().flatten()).abs() / (error + 1e-12)
         assert z[error > 1e-9].max() < 5
-        assert error.max() < 0.2 * w.detach().abs().max()  # and that says something
+        assert error.max() < 0.1 * w.detach().abs().max()  # and that says something
 
 
 def run(name, rows):
@@ -140,6 +136,7 @@ def test_bounds_are_those_of_nelbo(runs, monkeypatch, capsys):
     [
         ("fraction mdm lomdm a3 --svg f.svg", "a3 0.0: "),
         ("order lomdm --svg o.svg", "line end 1.0"),
+        ("passage lomdm --svg p.svg", "--- sample 1"),
         ("samples lomdm mdm --judge arm --samples 4", "mdm              uniform      16"),
         ("infill a3 lomdm mdm", "in gaps of 4 (bound)"),
         ("variance mdm lomdm --draws 3", "times   loss"),
@@ -157,6 +154,7 @@ def test_commands_run(runs, monkeypatch, capsys, argv, says):
     "argv,message",
     [
         ("order mdm", "without a learned order"),
+        ("passage arm", "without a learned order"),
         ("bounds a3", "it is exact"),
         ("variance a3", "for one block"),
         ("samples a3", "for the models of lomdm.py"),

@@ -130,6 +130,20 @@ def test_validation_from_another_text(work):
     assert "".join(corpus.vocab[i] for i in corpus.val) == "xyz" * 5
 
 
+def test_validation_text_is_not_trained_on(work):
+    Path("docs").mkdir()
+    Path("docs/a.txt").write_text("the ab" * 50)
+    Path("docs/val.txt").write_text("xyz" * 5)
+    corpus = load("docs", "char", val_data="docs/val.txt")
+    assert (len(corpus.train), len(corpus.val)) == (300, 15)
+    with pytest.raises(
+        UserError, match="--data docs/val.txt has no .txt or .jsonl files of its own"
+    ):
+        load("docs/val.txt", "char", val_data="docs")
+    with pytest.raises(UserError, match="--val_data nowhere: no such file"):
+        load("docs", "char", val_data="nowhere")
+
+
 def test_openwebtext(work, monkeypatch):
     """Through datasets: its split, GPT-2's tokens, a separator between documents."""
     parts = {"train": [{"text": "the"}, {"text": "ab"}], "test": [{"text": "a\n"}]}
@@ -148,6 +162,11 @@ def test_openwebtext(work, monkeypatch):
     assert asked[0] == (("Skylion007/openwebtext",), {"split": "train"})
     assert asked[1] == dict(test_size=0.0005, seed=2357, shuffle=True)  # nanoGPT's
     assert sorted(os.listdir("tokens/openwebtext")) == ["meta.json", "train.bin", "val.bin"]
+
+    Path("mine.txt").write_text("ab ab")
+    mine = load("openwebtext", val_data="mine.txt")
+    assert mine.train.tolist() == corpus.train.tolist()
+    assert mine.val.tolist() == NAME.encode("ab ab")
 
     def no_network(*a, **kw):
         raise ConnectionError("could not reach the hub\nmany\nlines")
@@ -173,6 +192,7 @@ def test_kept_until_the_text_changes(work):
     assert load("a.txt").sha256 == first.sha256 and made.stat().st_mtime_ns == before
     Path("a.txt").write_text("the ba" * 50)
     assert load("a.txt").sha256 != first.sha256
+    assert [p.name for p in Path("tokens").iterdir() if p.suffix in (".old", ".tmp")] == []
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])

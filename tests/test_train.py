@@ -237,7 +237,7 @@ def test_shakespeare(work, monkeypatch, capsys):
         ("--learning_rate nan", "--learning_rate must be at least"),
         ("--beta2 1", "--beta1, --beta2 and --ema must be in .0, 1."),
         ("--data missing.txt", "missing.txt: no such file or folder"),
-        ("--data good", "a folder without .txt or .jsonl"),
+        ("--data good", "good has no .txt or .jsonl files"),
         ("--data empty.txt", "has 0 . 0 tokens to train and validate on"),
         (
             "--data short.txt",
