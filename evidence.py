@@ -1,16 +1,16 @@
 """
 The numbers and pictures of the README, from the runs of train_char.py. Each prints a table.
 
-    python evidence.py table runs/lomdm_s*               best validation, mean over seeds
-    python evidence.py curves runs/* --svg curves.svg    validation during training
-    python evidence.py bounds runs/lomdm runs/mdm         jump and paper bound, paired differences
-    python evidence.py order runs/lomdm --svg order.svg  mean order weight by character class
-    python evidence.py passage runs/lomdm --svg p.svg    a text coloured by its order weights
-    python evidence.py fraction runs/* --svg f.svg       nats per token by how much is revealed
-    python evidence.py variance runs/lomdm               gradients: orders against times
-    python evidence.py samples runs/lomdm --judge runs/arm    the learned order while sampling
-    python evidence.py infill runs/a3 runs/lomdm          gaps in validation passages
-    python evidence.py times --model mdm ..             train_char.py with the time estimator
+    python evidence.py table runs/lomdm_s1 runs/lomdm_s2     best validation, mean over seeds
+    python evidence.py curves runs/* --svg curves.svg        validation during training
+    python evidence.py bounds runs/lomdm runs/mdm            jump and paper bound, differences
+    python evidence.py order runs/lomdm --svg order.svg      mean order weight by character class
+    python evidence.py passage runs/lomdm --svg p.svg        a text coloured by its order weights
+    python evidence.py fraction runs/* --svg f.svg           nats per token by share revealed
+    python evidence.py variance runs/lomdm                   gradients: orders against times
+    python evidence.py samples runs/lomdm --judge runs/arm   the learned order while sampling
+    python evidence.py infill runs/a3 runs/lomdm             gaps in validation passages
+    python evidence.py times --model mdm                     train_char.py, the time estimator
 
 Standard errors are over windows of the validation split, or over seeds where it says so.
 """
