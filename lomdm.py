@@ -23,11 +23,11 @@ Read it from top to bottom. x is a clean text (B, L), z the same text with some 
         -log p(x) <= int_0^1 E_z sum_{i masked} [ A^i (-log mu^i(x_i))                        recon
                                                 + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt order
 
-(3) The order. Take alpha^i = 1 - t^{w_i}: position i is revealed at time U^{1/w_i}, U uniform, so
-    among the masked set S the next one is i with probability w_i / W, W = sum_S w. This is a
-    Plackett-Luce ranking, an exponential race with the rates w.                -> race()
-    In LoMDM one network reads w off the clean x, in training only; another guesses w_hat from z,
-    and W_hat = sum_S w_hat.
+(3) The order. Take alpha^i = 1 - t^{w_i}: all masked positions S have rates w_i / t, so the next
+    one revealed is i with probability w_i / W, W = sum_S w. On the clock -log t, which runs
+    forward, i arrives at the time Exponential(1) / w_i: a Plackett-Luce ranking.  -> race()
+    In LoMDM one network reads w off the clean x, to train and evaluate, never to sample; another
+    guesses w_hat from z, and W_hat = sum_S w_hat.
 
 (4) Time drops out. What is generated depends on the order of the positions only, so the part of (2)
     that compares *when* they are revealed, [W log(W / W_hat) - W + W_hat] / t >= 0, can go. What is
@@ -166,12 +166,11 @@ def prefix_log_prob(w, order, prefix):
 def spread_counts(B, L, K, generator=None, device=None, part=(0, 1)):
     """How many positions of each block are revealed: k (B, n), each uniform on {0..length-1}, but
     all together spread evenly, since a batch that happens to be all hard or all easy is mere noise.
-    part (m, M): this batch is the m-th of M. Drawn with equal generators, all M fit between each
-    other, as if they were one batch.
+    part (m, M): this batch is the m-th of M, drawn with equal generators.
 
-    The B n blocks stand evenly on a circle, those of a row or of a column far apart, and one random
-    turn for all makes each k uniform. The circle's grid is a multiple of the lengths that occur,
-    K and that of the last block, so that nothing is rounded.
+    Number the blocks of all parts 0 .. N - 1: number j reveals the share (j / N + turn) mod 1 of
+    its length, rounded down. In integers, on a grid that all lengths divide, so that one random
+    turn makes each k exactly uniform. The numbers of a row, and of a column, lie far apart.
     """
     lengths = block_lengths(L, K, device)
     n = len(lengths)
