@@ -24,6 +24,7 @@ import a3
 import lomdm
 
 FORMAT = "lomdm checkpoint 2"
+PAGE = Path(__file__).with_name("page.html")  # what --html fills in
 
 
 class UserError(Exception):
@@ -275,8 +276,7 @@ def page(samples, about):
     """One HTML file that plays how the samples were written. It needs nothing but a browser."""
     rows = [dict(pieces=pieces, at=at) for pieces, at in samples]
     data = json.dumps(dict(about=about, samples=rows)).replace("<", "\\u003c")  # no </script>
-    template = Path(__file__).with_name("page.html").read_text("utf-8")
-    return template.replace('"DATA"', data)
+    return PAGE.read_text("utf-8").replace('"DATA"', data)
 
 
 def svg(samples, width=72):
@@ -362,6 +362,8 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
+    if a.html and Path(a.html).resolve() == PAGE.resolve():
+        raise UserError(f"--html {a.html} is the template of that page; take another name")
     if a.num_samples < 1 or not 0 <= a.seed < 2**63:
         raise UserError("--num_samples must be at least 1, and --seed in [0, 2^63)")
     ckpt, model = load_checkpoint(Path(a.out_dir) / "ckpt.pt", pick_device(a.device))

@@ -389,6 +389,7 @@ def trained(tmp_path_factory):
         (["--per_step", "0"], "per_step >= 1"),
         (["--top_k", "0"], "top_k >= 1"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
+        (["--html", str(ROOT / "page.html")], "is the template of that page"),
         (["--device", "cuda:99"], "none here"),
         (["--by", "left"], "--by and --group_size are for a3; out holds lomdm"),
         (["--out_dir", "a3", "--per_step", "2"], "--per_step goes with another --by"),
