@@ -125,8 +125,8 @@ class CountBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
-            tensors = [t for t in (*args, *(out if isinstance(out, tuple) else (out,)))]
-            tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+            both = (*args, *(out if isinstance(out, tuple) else (out,)))
+            tensors = [t for t in both if isinstance(t, torch.Tensor)]
             self.total += sum(t.numel() * t.element_size() for t in tensors)
         return out
 

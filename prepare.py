@@ -161,7 +161,6 @@ def encode(pieces, tokenizer, bar):
     would be, since numpy and tiktoken let go of Python's lock, and nothing is left behind when this
     process is killed. No more than a few batches are in memory."""
     workers = min(os.cpu_count() or 1, 32)
-
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         try:
@@ -228,12 +227,11 @@ def prepare(folder, source, train, val, tokenizer):
     else:
         vocab = tokenizer
     tokenizer = tokenizer_of(vocab)
-    counts, n_bytes = {}, 0
+    counts = {}
     with tqdm(total=size, unit="B", unit_scale=True, desc="tokens", delay=2) as bar:
         for name, part in (("train", train), ("val", val)):
             if part:
                 counts[name] = write_tokens(work / f"{name}.bin", encode(part(), tokenizer, bar))
-        n_bytes = bar.n
     if val is None:
         n = counts["train"]
         counts = {"train": int(0.9 * n), "val": n - int(0.9 * n)}
@@ -241,7 +239,7 @@ def prepare(folder, source, train, val, tokenizer):
             f.seek(2 * counts["train"])
             shutil.copyfileobj(f, g)
             f.truncate(2 * counts["train"])
-    meta = dict(source=source, vocab=vocab, text_bytes=n_bytes)
+    meta = dict(source=source, vocab=vocab, text_bytes=bar.n)
     for name, n in counts.items():
         meta[name] = dict(tokens=n, sha256=sha256(work / f"{name}.bin"))
     meta["seconds"] = round(time.perf_counter() - began, 1)
@@ -261,7 +259,7 @@ class Corpus:
     def __init__(self, folder):
         try:
             meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            self.vocab, self.source = meta["vocab"], meta["source"]
+            self.vocab = meta["vocab"]
             digests = []
             for name in ("train", "val"):
                 path, n = folder / f"{name}.bin", meta[name]["tokens"]
