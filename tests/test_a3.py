@@ -162,7 +162,7 @@ def test_probabilities_sum_to_one():
 def test_loss_is_the_mean_over_predicted_tokens():
     model, x = make(), texts(5)[[3, 50, 77, 100, 120, 150, 200, 242]]
     want = -model.log_prob(x, RAGGED).sum() / (RAGGED >= 0).sum()
-    torch.testing.assert_close(model.loss(x, RAGGED), want)
+    torch.testing.assert_close(model.loss(x, RAGGED)[0], want)
     logits = model(x, RAGGED).log_softmax(-1).gather(-1, x[..., None])[..., 0]
     torch.testing.assert_close(model.log_prob(x, RAGGED), torch.where(RAGGED < 0, 0.0, logits))
 
@@ -170,7 +170,7 @@ def test_loss_is_the_mean_over_predicted_tokens():
 def test_every_parameter_learns():
     """and no row of the attention is empty: no nan, even where all but one are given."""
     model, x = make(), torch.randint(V, (8, 5))
-    model.loss(x, RAGGED).backward()
+    model.loss(x, RAGGED)[0].backward()
     for name, p in model.named_parameters():
         assert p.grad.isfinite().all() and p.grad.abs().max() > 1e-6, name
 
@@ -285,6 +285,18 @@ def test_shorter_than_seq_len():
 
 # 5 ---- the cache ---------------------------------------------------------------------------------
 
+
+def ask_shape(steps):
+    return steps[0][-1].shape
+
+
+def committed_now(slots, tokens, rank):
+    """Rows, slots, tokens and ranks of what a call really commits, but for the start token."""
+    real = (rank < 5) & (slots > 0)
+    rows = torch.arange(len(slots))[:, None].expand_as(slots)
+    return rows[real], slots[real], tokens[real], rank[real]
+
+
 GIVEN_ROW = torch.tensor([[-1, -1, -1, -1, -1]])
 
 
@@ -293,9 +305,9 @@ def decodings():
     groups = torch.cat((RAGGED, GIVEN_ROW))
     yield "groups", lambda model, x: (model.generate(x, groups), groups)
     yield "one row", lambda model, x: (model.generate(x[:1], groups[4:5]), groups[4:5])
-    for by, m in itertools.product(BY, [1, 2, 3]):
-        kw = dict(open=groups >= 0, per_step=m, by=by)
-        yield f"{by} {m}", lambda model, x, kw=kw: model.generate_dynamic(x, **kw)
+    for by, m in itertools.product((*BY, "left"), [1, 2, 3]):
+        kw = dict(per_step=m, by=by)
+        yield f"{by} {m}", lambda model, x, kw=kw: model.sample(x.where(groups < 0, V), **kw)
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
@@ -309,19 +321,25 @@ def test_cached_logits_are_those_of_forward(n_layer, monkeypatch):
         steps = []
         with monkeypatch.context() as m:
 
-            def record(out, cache, x, rank, ask, steps=steps):
-                steps.append((*out, x.clone(), rank.clone(), ask))
+            def record(out, cache, tokens, slots, rank, ask, steps=steps):
+                steps.append((*out, tokens, slots, rank, ask))
 
             spy(m, model, "step", record)
             x = torch.where(torch.cat((RAGGED, GIVEN_ROW)) < 0, torch.randint(V, (9, 5)), V + 5)
             done, groups = decode(model, x)
         assert len(steps) > 1
         final = model(done, groups)
-        for s, (logits, at, asked, x, rank, ask) in enumerate(steps):
+        x, rank = torch.zeros(ask_shape(steps), dtype=torch.long), torch.full(ask_shape(steps), 5)
+        for s, (logits, at, asked, tokens, slots, committed, ask) in enumerate(steps):
+            for row, slot, token, when in zip(
+                *committed_now(slots, tokens, committed), strict=True
+            ):
+                assert rank[row, slot - 1] == 5, "committed twice"
+                x[row, slot - 1], rank[row, slot - 1] = token, when
             assert torch.equal(torch.zeros_like(ask).scatter(1, at, asked), ask), "asked elsewhere"
             assert (ask.sum(1) == asked.sum(1)).all() and ((rank == x.shape[1]) | ~ask).all()
             at = at[..., None].expand_as(logits)
-            now = model(x.where(rank < x.shape[1], 0), rank).gather(1, at)
+            now = model(x, rank).gather(1, at)
             message = f"{name}, step {s}"
             torch.testing.assert_close(logits[asked], now[asked], rtol=0, atol=1e-10, msg=message)
             if name not in ("groups", "one row"):  # of all that dynamic decoding asks for
@@ -395,11 +413,8 @@ def test_rows_of_different_partitions_are_sampled_together():
 @torch.no_grad()
 def test_random_dynamic_decoding_is_the_mean_over_orders():
     model, n, every = make(3), 20_000, texts(3)
-    drawn, at = model.generate_dynamic(
-        torch.zeros(n, 3, dtype=torch.long),
-        torch.ones(n, 3, dtype=torch.bool),
-        by="random",
-        generator=torch.Generator().manual_seed(0),
+    drawn, at = model.sample(
+        torch.full((n, 3), V), by="random", generator=torch.Generator().manual_seed(0)
     )
     orders = list(itertools.permutations(range(3)))
     each = [model.log_prob(every, torch.tensor(o).repeat(27, 1)).sum(1).exp() for o in orders]
@@ -420,7 +435,8 @@ def test_log_prob_of_the_steps_is_that_of_the_draw(by, m):
 
     def decode(temperature):
         g = torch.Generator().manual_seed(0)
-        drawn = torch.cat(model.generate_dynamic(x, open, m, by, temperature, generator=g), 1)
+        z = x.masked_fill(open, V)
+        drawn = torch.cat(model.sample(z, temperature, None, m, by, generator=g), 1)
         return drawn.unique(dim=0, return_counts=True)  # ordered by text
 
     pairs, _ = decode(temperature=5.0)  # finds them all: the choice of positions does not mind
@@ -433,7 +449,7 @@ def test_log_prob_of_the_steps_is_that_of_the_draw(by, m):
     assert counts.sum() == n and chi_square(counts, probs) < 4
 
 
-@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("by", (*BY, "left"))
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 9])
 def test_per_step_calls(by, m, monkeypatch):
     """ceil(n / m) calls of the network for the row with most to do, m tokens in each."""
@@ -443,7 +459,7 @@ def test_per_step_calls(by, m, monkeypatch):
     open = torch.ones(3, 8, dtype=torch.bool)
     open[0, [1, 6]] = False  # six are open
     open[1] = False  # none
-    done, at = model.generate_dynamic(x, open, per_step=m, by=by)
+    done, at = model.sample(x.masked_fill(open, V), per_step=m, by=by)
     assert len(calls) == math.ceil(8 / m)
     assert torch.equal(at == -1, ~open) and torch.equal(done[~open], x[~open])
     for row, n in [(0, 6), (2, 8)]:
@@ -462,9 +478,11 @@ def test_temperature_and_top_k():
     def tokens(**kw):
         g = torch.Generator().manual_seed(0)
         drawn = model.generate(x.expand(n, 4), groups.expand(n, 4), generator=g, **kw)[:, 3]
-        open, g = groups.expand(n, 4) >= 0, g.manual_seed(0)
-        same, _ = model.generate_dynamic(x.expand(n, 4), open, generator=g, **kw)
-        assert torch.equal(drawn, same[:, 3])  # for one token there is no choice of order
+        open = groups.expand(n, 4) >= 0
+        for by in ("left", "confidence"):
+            z = x.expand(n, 4).masked_fill(open, V)
+            same, _ = model.sample(z, by=by, generator=g.manual_seed(0), **kw)
+            assert torch.equal(drawn, same[:, 3])  # for one token there is no choice of order
         return drawn.bincount(minlength=V)
 
     assert tokens(temperature=0)[likely[0]] == n and tokens(top_k=1)[likely[0]] == n
@@ -494,7 +512,7 @@ def test_dynamic_decoding_chooses_by_the_rule(by, m, how):
     scored by the uncached forward at temperature 1, whatever the tokens are drawn with."""
     model, seen = make(6, vocab_size=5), set()
     open = torch.rand(12, 6) < 0.8
-    x, at = model.generate_dynamic(torch.randint(5, (12, 6)), open, m, by, **how)
+    x, at = model.sample(torch.randint(5, (12, 6)).masked_fill(open, 5), by=by, per_step=m, **how)
     for row in range(12):
         seen.add(tuple(at[row].tolist()))
         for step in range(at[row].max() + 1):
@@ -555,21 +573,21 @@ def make_arm(L=5, **kw):
 
 @pytest.mark.parametrize("L", [3, 5])
 @torch.no_grad()
-def test_content_stream_is_the_arm(L):
+def test_content_stream_is_the_arm(L, monkeypatch):
     """Left to right the content stream is the ARM on every layer: what goes into it, and what the
     last layer's keys and values are made of. And so is the prediction of token 0, from nothing."""
     arm, model, x = make_arm(), make(n_layer=3), texts(L)[::5]
     line = model.load_arm(arm.state_dict())
     assert "wpe_query" in line and "\n" not in line
     inputs = {arm: [], model: []}
-    for m in inputs:
-        for block in m.blocks:
-            block.register_forward_pre_hook(lambda block, args, m=m: inputs[m].append(args[0]))
+    for block in arm.blocks:
+        block.register_forward_pre_hook(lambda block, args: inputs[arm].append(args[0]))
+    for block in model.blocks:
+        spy(monkeypatch, block, "keys_values", lambda kv, h, rotary: inputs[model].append(h))
     want, got = arm.log_probs(x), model(x, ar_groups(len(x), L)).log_softmax(-1)
     assert len(inputs[arm]) == len(inputs[model]) == 3
     for h_arm, h in zip(inputs[arm], inputs[model], strict=True):
-        assert h.shape == (len(x), 2 * L, 8)
-        torch.testing.assert_close(h[:, :L], h_arm, rtol=0, atol=1e-12)
+        torch.testing.assert_close(h, h_arm, rtol=0, atol=1e-12)
     torch.testing.assert_close(got[:, 0], want[:, 0], rtol=0, atol=1e-12)
     for name, p in arm.state_dict().items():
         own = model.state_dict()[name]
@@ -692,23 +710,16 @@ def test_bad_calls():
             method(x.repeat(1, 2)[:, :6], ar_groups(2, 6))
     with pytest.raises(ValueError, match="both be"):
         model(x[0], ar[0])
-    assert (model.log_prob(x, given) == 0).all() and model.loss(x, given) == 0
-    none_open = torch.zeros(2, 5, dtype=torch.bool)
-    for call in (
-        lambda: model.generate(x, given),
-        lambda: model.generate_dynamic(x, none_open),
-    ):
-        with pytest.raises(ValueError, match="^all tokens are given.*nothing to predict$"):
-            call()
-    with pytest.raises(ValueError, match="^open must be a bool tensor"):
-        model.generate_dynamic(x, ar)
-    with pytest.raises(ValueError, match="both be"):
-        model.generate_dynamic(x, ~none_open[:, :4])
+    assert (model.log_prob(x, given) == 0).all() and model.loss(x, given)[0] == 0
+    assert torch.equal(model.generate(x, given), x)  # nothing to do
+    done, at = model.sample(x)
+    assert torch.equal(done, x) and (at == -1).all()
+    z = torch.full((2, 5), V)
     with pytest.raises(ValueError, match="^by must be 'confidence'.* not 'luck'"):
-        model.generate_dynamic(x, ~none_open, by="luck")
+        model.sample(z, by="luck")
     for bad in (dict(per_step=0), dict(temperature=-1.0), dict(top_k=0)):
         with pytest.raises(ValueError, match="^temperature must be >= 0, per_step >= 1"):
-            model.generate_dynamic(x, ~none_open, **bad)
+            model.sample(z, **bad)
     with pytest.raises(ValueError, match="^temperature must be >= 0"):
         model.generate(x, ar, temperature=-1.0)
 
@@ -722,12 +733,12 @@ def test_logits_in_chunks(monkeypatch):
     results, most, real = [], [], A3.logits
     for limit in (2**26, 7 * V):
         sizes = []
-        monkeypatch.setattr(a3, "MAX_LOGITS", limit)
+        monkeypatch.setattr(A3, "max_logits", limit)
         monkeypatch.setattr(
             A3, "logits", lambda self, h, sizes=sizes: sizes.append(len(h)) or real(self, h)
         )
         model.zero_grad()
-        loss = model.loss(x, RAGGED)
+        loss, _ = model.loss(x, RAGGED)
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters())])
         most.append(max(sizes))
@@ -742,5 +753,5 @@ def test_loss_compiles_to_one_graph():
     compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
     for size in (1, 2):
         for groups in (random_groups(8, 5, size), random_groups(8, 5, size)):
-            want = model.loss(x, groups)
-            torch.testing.assert_close(compiled(x, groups, size == 1), want)
+            want, _ = model.loss(x, groups)
+            torch.testing.assert_close(compiled(x, groups, size == 1)[0], want)

@@ -1,0 +1,1 @@
+"""What any project has: flags, texts, tokens, checkpoints, processes, pictures. No model."""
