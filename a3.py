@@ -1,27 +1,28 @@
 """
-Any order, any subset: A3 (arXiv:2601.13228) in one file, a language model that predicts its tokens
-in any order you like, several at a time if you like, with an exact likelihood and an exact cache.
+Any order, any subset, A3 (arXiv:2601.13228): a language model that predicts its tokens in any order
+you like, several at a time if you like, with an exact likelihood and an exact cache.
 
 Cut the positions of a text x (B, L) into groups G_1, .., G_K, in the order of their prediction:
 
-    {0}, {1}, .., {L-1}              ARM, the GPT you know                      -> ar_groups()
+    {0}, {1}, .., {L-1}              ARM, the GPT you know                      -> chunk_groups()
     contiguous chunks                multi-token prediction, left to right      -> chunk_groups()
     what is visible, then the rest   one step of a masked diffusion model
     a random partition               any order, any subset                      -> random_groups()
 
 `groups` (B, L) long holds the rank of each position's group, a partition of its own for every row.
-Only the order of the numbers counts. A negative one marks a given token: visible to all, not
-predicted. Everything is in nats.
+Only the order of the numbers counts. A negative one marks a given token, which is not predicted:
+given tokens are read first, one by one from left to right, like a prompt. Everything is in nats.
 
-(1) The likelihood. Tokens of a group do not see each other, only the groups before:
+(1) The likelihood. Tokens of a group see the groups before, not each other:
         log p(x) = sum_k sum_{i in G_k} log p(x_i | x_{G_1}, .., x_{G_{k-1}})   -> A3.log_prob()
 
 (2) Two streams with the same weights, as a position must know its token to be read by others and
     must not know it to be predicted:                                           -> who_sees()
         content h_i  sees the content of groups <= its own     (knows x_i)
         query   q_i  sees the content of groups <  its own     (knows i, not x_i)
-    and p(x_i | ..) = softmax(W q_i). Nobody sees a query. A start token stands before everything,
-    so that every row of the attention has something to see.
+    and p(x_i | ..) = softmax(W q_i). Nobody sees a query; all see a start token before the text.
+    An ARM predicts token i from the slot of token i - 1. So does a query: it stands there, and
+    begins as that token's embedding if it may see it. Left to right it then is the ARM's own state.
 
 (3) Sort the tokens by group, each with its position. The text a b c d with groups 1 0 2 0:
                      start  b  d  a  c                        start  b  d  a  c
@@ -33,17 +34,19 @@ predicted. Everything is in nats.
     streams see is then exactly a GPT's causal mask, and no mask is built.      -> A3.features()
 
 (4) The cache. What content i sees is settled when i is committed, so its keys and values never
-    change. A group costs one call: content of what was just committed, queries for what comes next.
-                                                                                -> A3.step()
+    change. A group costs one call: content of the last one, queries for the next.  -> A3.step()
+
 (5) Decoding. The next group is fixed, or chosen by looking at the predictions for all that is open.
     What is chosen together becomes one group, as in training.                  -> A3.decode()
 
-(6) Progressive adaptation. Start from an ARM, whose weights fit both streams, and go from one token
-    left to right, over growing chunks, to random partitions.   -> A3.load_arm(), Curriculum
+(6) Progressive adaptation. Start from an ARM, ours or a LLaMA, whose weights fit both streams, and
+    go from one token left to right, over growing chunks, to random partitions. -> Curriculum
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -53,40 +56,51 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Config:
-    vocab_size: int  # the start token comes on top of these, with the id vocab_size
+    vocab_size: int
     seq_len: int
     n_layer: int
     n_head: int
     n_embd: int
     dropout: float = 0.0
+    left_neighbour: bool = True  # False: all queries begin as one vector, as in the paper
+    start_id: int | None = None  # BOS; None: a token on top of the others, with the id vocab_size
+    n_kv_head: int | None = None  # fewer heads for keys and values, each for several queries
+    head_dim: int | None = None  # n_embd / n_head
+    hidden: int | None = None  # of the MLP; None: as many parameters as 4 n_embd without gate
+    rope_base: float = 1e4
+    rope_scaling: dict | None = None  # {"factor", ..}: of LLaMA 3, see rotary_tables()
+    norm_eps: float = 1e-5
+    tied: bool = False  # the output reads the input's embeddings
+    positions: bool = True  # learned ones besides the rotary; without, see A3.__init__
+    qkv_bias: bool = False  # Qwen 2
+    qk_norm: bool = False  # Qwen 3
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         C, H = self.n_embd, self.n_head
-        if C % (2 * H):  # rotary embeddings turn pairs of channels
+        if self.head_dim is None and C % (2 * H):  # rotary embeddings turn pairs of channels
             raise ValueError(f"n_embd ({C}) must be divisible by n_head ({H}), with even quotient")
+        self.head_dim = C // H if self.head_dim is None else self.head_dim
+        self.n_kv_head = H if self.n_kv_head is None else self.n_kv_head
+        self.hidden = 32 * math.ceil(8 * C / 3 / 32) if self.hidden is None else self.hidden
+        if H % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(f"n_kv_head must divide n_head ({H}), and head_dim must be even")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
 
 # ---- groups --------------------------------------------------------------------------------------
-def ar_groups(B, L, device=None):
-    """One token a group, left to right: groups (B, L) long."""
-    return chunk_groups(B, L, 1, device)
-
-
-def chunk_groups(B, L, size, device=None):
+def chunk_groups(B, L, size=1, device=None):
     """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L) long."""
     if size < 1:
         raise ValueError(f"the size of a group must be at least 1, not {size}")
     return (torch.arange(L, device=device) // size).repeat(B, 1)  # each row its own memory
 
 
-def random_groups(B, L, size, generator=None, device=None):
-    """A random order cut into groups of `size`, the last perhaps smaller; every row draws its own.
-    groups (B, L) long. size 1 is a random order of single tokens."""
+def random_groups(B, L, size=1, generator=None, device=None):
+    """A random order, one for each row, cut into groups of `size`: groups (B, L) long."""
     place = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)  # a permutation
     return chunk_groups(B, L, size, device).gather(1, place)
 
@@ -94,61 +108,72 @@ def random_groups(B, L, size, generator=None, device=None):
 def who_sees(keys, content, queries):
     """Equation (2) for ranks of groups: keys (B, S), content (B, n), queries (B, m). Returns the
     mask argument of scaled_dot_product_attention for each stream."""
-    keys = keys[:, None, None, :]
-    content_mask = keys <= content[:, None, :, None]  # (B, 1, n, S): row sees column
-    query_mask = keys < queries[:, None, :, None]  # (B, 1, m, S)
-    return {"attn_mask": content_mask}, {"attn_mask": query_mask}
+    keys = keys[:, None, None, :]  # (B, 1, n or m, S): row sees column
+    masks = keys <= content[:, None, :, None], keys < queries[:, None, :, None]
+    return tuple({"attn_mask": mask} for mask in masks)
 
 
 # ---- the network: LLaMA's blocks, read twice -----------------------------------------------------
-def rotary_tables(pos, head_dim):
-    """cos and sin (B, 1, T, head_dim) of the angles pos / 10000^(2 j / head_dim), pos (B, T)."""
-    j = torch.arange(0, head_dim, 2, device=pos.device)
-    angle = pos[:, None, :, None] * 1e4 ** (-j / head_dim)  # (B, 1, T, head_dim / 2)
+def rotary_tables(pos, config):
+    """cos and sin (B, 1, T, head_dim) of the angles of each pair of channels at pos (B, T)."""
+    j = torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim
+    f, how = config.rope_base**-j, config.rope_scaling  # radians per position (head_dim / 2,)
+    if how:  # LLaMA 3: slow turns get slower by the factor, fast ones stay, in between is a ramp
+        turns = how["original_max_position_embeddings"] * f / (2 * math.pi)  # in the old context
+        low, high = how["low_freq_factor"], how["high_freq_factor"]
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)
+        f = f * (ramp + (1 - ramp) / how["factor"])
+    angle = pos[:, None, :, None] * f  # (B, 1, T, head_dim / 2)
     return angle.cos().repeat(1, 1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
 def rotate(q, cos, sin):
-    """Rotary position embedding of q (B, n_head, T, head_dim): turn each pair of channels j and
-    j + head_dim / 2 by its angle. roll() swaps the two."""
+    """Turn each pair of channels j, j + head_dim / 2 of q (B, heads, T, head_dim). roll() swaps."""
     return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU without biases: an ARM's block, applied to two streams."""
+    """Pre-norm attention and SwiGLU: an ARM's block, applied to two streams. (The official code's
+    x = norm(x + attn); x = x + mlp(x) is not the block of the LLaMA that it starts from.)"""
 
-    # Each half adds to the residual stream and leaves it as it is. The official code slips here:
-    # x = norm(x + attn); x = x + mlp(x) is not the block of the LLaMA that it loads weights from.
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        hidden = 32 * math.ceil(8 * C / 3 / 32)  # as many parameters as a 4 C wide MLP without gate
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = nn.Linear(C, 3 * C, bias=False)
-        self.proj = nn.Linear(C, C, bias=False)
-        self.norm2 = nn.RMSNorm(C, eps=1e-5)
-        self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, C, bias=False)
+        C, D, eps = config.n_embd, config.head_dim, config.norm_eps
+        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
+        self.norm1 = nn.RMSNorm(C, eps=eps)
+        self.qkv = nn.Linear(C, (self.n_head + 2 * self.n_kv_head) * D, bias=config.qkv_bias)
+        self.q_norm = nn.RMSNorm(D, eps=eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(self.n_head * D, C, bias=False)
+        self.norm2 = nn.RMSNorm(C, eps=eps)
+        self.gate_up = nn.Linear(C, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, C, bias=False)
+
+    def heads(self, h, rows):
+        """Some rows of the matrix qkv applied to h (B, T, C): (B, heads, T, head_dim)."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        head_dim = self.proj.in_features // self.n_head
+        return (
+            F.linear(h, self.qkv.weight[rows], bias).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        )
 
     def keys_values(self, h, rotary):
-        """What others look at: content h (B, n, C) -> k, v (B, n_head, n, head_dim)."""
-        B, n, C = h.shape
-        kv = F.linear(self.norm1(h), self.qkv.weight[C:])  # (B, n, 2 C)
-        k, v = kv.view(B, n, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        return rotate(k, *rotary), v
+        """What others look at: content h (B, n, C) -> k, v (B, n_kv_head, n, head_dim)."""
+        k, v = self.heads(self.norm1(h), slice(self.proj.in_features, None)).chunk(2, dim=1)
+        return rotate(self.k_norm(k), *rotary), v
 
     def forward(self, h, k, v, rotary, sizes, masks):
         """h (B, T, C): streams of these sizes side by side, as they share every matrix product.
         Each looks at k and v by a mask of its own, see who_sees(). Returns (B, T, C)."""
         drop = self.dropout if self.training else 0.0
-        q = F.linear(self.norm1(h), self.qkv.weight[: h.shape[-1]])  # (B, T, C)
-        q = rotate(q.unflatten(-1, (self.n_head, -1)).transpose(1, 2), *rotary)
+        q = self.heads(self.norm1(h), slice(0, self.proj.in_features))
+        q = rotate(self.q_norm(q), *rotary)  # (B, n_head, T, head_dim)
+        k, v = (t.repeat_interleave(self.n_head // t.shape[1], dim=1) for t in (k, v))
         y = [  # (B, n_head, n, head_dim) each
             F.scaled_dot_product_attention(rows, k, v, dropout_p=drop, **sees)
             for rows, sees in zip(q.split(sizes, dim=2), masks, strict=True)
         ]
-        y = torch.cat(y, dim=2).transpose(1, 2).flatten(2)  # (B, T, C)
+        y = torch.cat(y, dim=2).transpose(1, 2).flatten(2)  # (B, T, n_head head_dim)
         h = h + F.dropout(self.proj(y), drop)
         gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, T, hidden) each
         return h + F.dropout(self.down(F.silu(gate) * up), drop)
@@ -160,20 +185,23 @@ class A3(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.start_id = self.mask_id = config.vocab_size  # sample() asks for tokens with it
-        C = config.n_embd
-        # Names, shapes and layout of the content stream are those of lomdm.py's ARM: behind the
-        # start token, token i is in slot i + 1. (An ARM never reads its last token; others may.)
-        self.wte = nn.Embedding(config.vocab_size + 1, C)  # the last row is the start token
-        self.wpe = nn.Embedding(config.seq_len + 1, C)
-        # All queries start from one vector. Those that see the start token only put weight 1 on it,
-        # whatever its distance, so that rotary embeddings cannot tell them apart: hence wpe_query.
-        self.query = nn.Parameter(torch.empty(C))
-        self.wpe_query = nn.Embedding(config.seq_len, C)
+        V, C, own = config.vocab_size, config.n_embd, config.start_id is None
+        self.start_id = V if own else config.start_id
+        self.mask_id = V  # sample() asks for tokens with it
+        # Names and shapes are those of lomdm.py's ARM: the start token is in slot 0, token i in
+        # slot i + 1. An ARM never reads the last one, which shares the position of the one before.
+        self.wte = nn.Embedding(V + own, C)
+        # Queries that see just the start token put weight 1 on it, whatever its distance: without
+        # learned positions, or while those are zero, all but the first predict the same.
+        self.wpe = nn.Embedding(config.seq_len, C) if config.positions else None
+        self.query = nn.Parameter(torch.empty(C))  # what begins where the left neighbour is hidden
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(C, eps=1e-5)
+        self.norm = nn.RMSNorm(C, eps=config.norm_eps)
         # The start token is never predicted, nor is what fills the rows up to a multiple of 64.
-        self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
+        rows = len(self.wte.weight) if config.tied else 64 * math.ceil(V / 64)
+        self.lm_head = nn.Linear(C, rows, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
             if p.ndim == 2 or name == "query":  # as GPT-2: residual branches keep their scale
                 residual = name.endswith(("proj.weight", "down.weight"))
@@ -181,29 +209,37 @@ class A3(nn.Module):
 
     def check(self, x, groups):
         if x.ndim != 2 or groups.shape != x.shape or groups.dtype != torch.long or not x.numel():
-            what = f"{tuple(x.shape)}, {tuple(groups.shape)} {groups.dtype}"
-            raise ValueError(f"x and groups must both be (B, L), and groups long; they are {what}")
+            what = f"not {tuple(x.shape)}, {tuple(groups.shape)} {groups.dtype}"
+            raise ValueError(f"x and groups must both be (B, L), and groups long, {what}")
         if x.shape[1] > self.config.seq_len:
             raise ValueError(f"{x.shape[1]} tokens do not fit into seq_len {self.config.seq_len}")
 
-    def streams(self, tokens, slots, positions, sees, cache=None):
-        """Both streams through all layers: content of the tokens (B, n) in their slots (B, n),
-        queries for the positions (B, m). sees: see who_sees(), for the keys of these n or of all in
-        the cache. Returns the final query states (B, m, n_embd)."""
+    def left_of(self, x, before):
+        """The token on the left of each position (B, L), the start token for the first one, and -1
+        where it may not be seen: where before (B, L - 1) is False."""
+        left = F.pad(x[:, :-1].masked_fill(~before, -1), (1, 0), value=self.start_id)
+        return left if self.config.left_neighbour else torch.full_like(left, -1)
+
+    def streams(self, tokens, slots, left, positions, sees, cache=None):
+        """Both streams through all layers: content of tokens (B, n) in their slots (B, n), queries
+        for positions (B, m) and what is left of them (B, m). sees: see who_sees(), for the keys of
+        these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
         n, m = slots.shape[1], positions.shape[1]
-        content = self.wte(tokens) + self.wpe(slots)  # (B, n, C)
-        queries = self.query + self.wpe_query(positions)  # (B, m, C)
-        h = F.dropout(torch.cat((content, queries), 1), self.config.dropout, self.training)
-        place = torch.cat((slots, positions + 1), dim=1)  # a query stands where its token will
-        cos, sin = rotary_tables(place, self.config.n_embd // self.config.n_head)
+        queries = torch.where((left < 0)[..., None], self.query, self.wte(left.clamp(min=0)))
+        h = torch.cat((self.wte(tokens), queries), dim=1)  # (B, n + m, C)
+        place = torch.cat((slots, positions), dim=1)  # token i - 1, on the left of i, is in slot i
+        if self.wpe is not None:
+            h = h + self.wpe(place.clamp(max=self.config.seq_len - 1))
+        h = F.dropout(h, self.config.dropout, self.training)
+        cos, sin = rotary_tables(place, self.config)
+        sizes = (n, m)
         for layer, block in enumerate(self.blocks):
             k, v = block.keys_values(h[:, :n], (cos[:, :, :n], sin[:, :, :n]))
             if cache is not None:
-                k, v = cache.append(layer, k, v)
-            if block is not self.blocks[-1]:
-                h = block(h, k, v, (cos, sin), (n, m), sees)
-            else:  # nobody reads the content any more
-                h = block(h[:, n:], k, v, (cos[:, :, n:], sin[:, :, n:]), (m,), sees[1:])
+                k, v = remember(cache, layer, k, v)
+            if layer == self.config.n_layer - 1:  # nobody reads the content any more
+                h, cos, sin, sizes, sees = h[:, n:], cos[:, :, n:], sin[:, :, n:], (m,), sees[1:]
+            h = block(h, k, v, (cos, sin), sizes, sees)
         return self.norm(h)
 
     def logits(self, h):
@@ -212,27 +248,25 @@ class A3(nn.Module):
         return logits.to(torch.promote_types(self.wte.weight.dtype, torch.float32))
 
     def features(self, x, groups, single=None):
-        """(3) The final query states (B, L, n_embd) of all positions, each in its place. single:
-        whether every group has one token; None finds out, for which a GPU has to stop."""
+        """(3) The final query states (B, L, n_embd), each in its place. single: whether every group
+        has one token; None finds out, for which a GPU has to stop."""
         self.check(x, groups)
-        rank = groups.clamp(min=-1)  # (B, L): all given tokens are one group, before the others
+        L = x.shape[1]  # given tokens come first, and are read from left to right
+        rank = torch.where(groups < 0, torch.arange(L, device=x.device) - L, groups)  # (B, L)
+        left = self.left_of(x, rank[:, :-1] < rank[:, 1:])
         order = rank.argsort(dim=1, stable=True)  # (B, L)
         rank = rank.gather(1, order)
         tokens = F.pad(x.gather(1, order)[:, :-1], (1, 0), value=self.start_id)  # (B, L)
         slots = F.pad(order[:, :-1] + 1, (1, 0))
         if single is None:
             single = bool((rank[:, 1:] > rank[:, :-1]).all())
-        if single:
-            sees = {"is_causal": True}, {"is_causal": True}
-        else:
-            content = F.pad(rank[:, :-1], (1, 0), value=-2)
-            sees = who_sees(content, content, rank)
-        h = self.streams(tokens, slots, order, sees)  # sorted
+        content, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
+        sees = (causal, causal) if single else who_sees(content, content, rank)
+        h = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
         return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h))
 
     def forward(self, x, groups):
-        """x, groups (B, L) long -> logits (B, L, V): what each position is predicted to be by the
-        groups before its own (at a given token: nothing of use). ValueError for bad shapes."""
+        """Logits (B, L, V): what each position is predicted to be by the groups before its own."""
         return self.logits(self.features(x, groups))
 
     def log_prob(self, x, groups, single=None):
@@ -242,28 +276,24 @@ class A3(nn.Module):
         return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
     def loss(self, x, groups, single=None):
-        """Nats per predicted token, the mean of -log_prob over all of them, and a dict of detached
-        metrics, as in lomdm.py."""
+        """Nats per predicted token, and a dict of detached metrics, as lomdm.py has it."""
         predicted = (groups >= 0).sum()
         loss = -self.log_prob(x, groups, single).sum() / predicted.clamp(min=1)
         return loss, {"nelbo": loss.detach()}
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, size=1, generator=None):
-        """-log p(x) (B,), nats per sequence: its mean over n_draws random orders, cut into groups
-        of `size`; size 0 is left to right."""
-        total = 0
-        for _ in range(n_draws):
-            groups = random_groups(*x.shape, size or 1, generator, x.device)
-            total = total - self.log_prob(x, groups if size else ar_groups(*x.shape, x.device))
-        return total.sum(1) / n_draws
+        """-log p(x) (B,) in nats: the mean over n_draws random_groups(); size 0: left to right."""
+        B, L = x.shape
+        draws = [random_groups(B, L, size or 1, generator, x.device) for _ in range(n_draws)]
+        draws = draws if size else [chunk_groups(B, L, 1, x.device)]
+        return -sum(self.log_prob(x, groups).sum(1) for groups in draws) / len(draws)
 
     max_logits = 2**26  # 256 MiB
 
     def nll(self, h, x):
-        """-log p(x) for query states h (N, n_embd) and tokens x (N,): (N,). The added code is so
-        that no more than max_logits exist at a time, most of the memory with a large vocabulary:
-        beyond that they come in chunks, and again in the backward pass."""
+        """-log p(x) (N,) for query states h (N, n_embd), tokens x (N,). The added code is so that
+        no more than max_logits exist at a time: they come in chunks, and again in backward."""
         rows = max(1, self.max_logits // self.config.vocab_size)
         if len(x) <= rows:  # ignore_index: by default a token -100 would cost nothing
             return F.cross_entropy(self.logits(h), x, reduction="none", ignore_index=-(2**63))
@@ -271,39 +301,41 @@ class A3(nn.Module):
         return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
 
     # ---- the cache -------------------------------------------------------------------------------
-    def step(self, cache, tokens, slots, rank, ask):
-        """(4) One call of the cached network. The tokens (B, n) of groups of these ranks (B, n) are
-        committed in their slots (B, n), slot i + 1 for token i; rank L means that nobody is to see
-        it. Then the positions where ask (B, L) bool is True are predicted from all that was ever
-        committed. Returns logits (B, m, V), their positions (B, m), whether asked: see pack()."""
+    def step(self, cache, tokens, slots, rank, left, ask):
+        """(4) One call of the cached network. Tokens (B, n) are committed in their slots (B, n), in
+        groups of these ranks (B, n); L is for what nobody shall see. Then the positions where ask
+        (B, L) bool is True are predicted from all that was ever committed; left (B, L): see
+        left_of(). Returns logits (B, m, V), their positions (B, m), whether asked: see pack()."""
         positions, asked = pack(ask)  # (B, m)
-        cache.rank = torch.cat((cache.rank, rank), dim=1)  # (B, S)
-        sees = who_sees(cache.rank, rank, torch.full_like(rank[:, :1], ask.shape[1]))
-        return self.logits(self.streams(tokens, slots, positions, sees, cache)), positions, asked
+        (seen,) = remember(cache, "rank", rank[:, None])  # (B, 1, S)
+        sees = who_sees(seen[:, 0], rank, torch.full_like(rank[:, :1], ask.shape[1]))
+        h = self.streams(tokens, slots, left.gather(1, positions), positions, sees, cache)
+        return self.logits(h), positions, asked
 
     # ---- decoding --------------------------------------------------------------------------------
     @torch.no_grad()
     def decode(self, x, groups, per_step, by, temperature=1.0, top_k=None, generator=None):
         """(5) Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
-        of each the per_step positions at a time that `by` is surest of. Rows may differ in what is
-        given, and finish at different times. Returns x and the step that filled in each token, -1
-        if given: (B, L) both. The steps are the groups that were decoded: log_prob(x, steps)."""
+        of each the per_step positions at a time that `by` is surest of. Returns x and the step that
+        filled in each token, -1 if given, which are the groups for log_prob(x, steps)."""
         self.check(x, groups)
         if not 0 <= temperature < math.inf or per_step < 1 or (top_k is not None and top_k < 1):
             raise ValueError("temperature must be >= 0, per_step >= 1 and top_k >= 1 (or None)")
         x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
         rank = torch.where(groups < 0, -1, L)  # the step that committed a token; L: open
         given, real = pack(groups < 0)  # (B, n)
-        cache = Cache(x[:, :0])
-        tokens = F.pad(x.gather(1, given), (1, 0), value=self.start_id)  # what to commit next
-        slots, ranks = F.pad(given + 1, (1, 0)), F.pad(torch.where(real, -1, L), (1, 0), value=-2)
+        cache, slots = {}, F.pad(given + 1, (1, 0))
+        tokens = x.gather(1, given).masked_fill(~real, self.start_id)
+        tokens = F.pad(tokens, (1, 0), value=self.start_id)  # what to commit next
+        ranks = F.pad(torch.where(real, given - L, L), (1, 0), value=-L - 1)
         for step in range(L + 1):
-            left = rank == L
-            if not left.any():
+            todo = rank == L
+            if not todo.any():
                 return x, rank
-            first = groups.masked_fill(~left, torch.iinfo(torch.long).max).amin(1, keepdim=True)
-            ask = left & (groups == first)
-            logits, at, asked = self.step(cache, tokens, slots, ranks, ask)
+            first = groups.masked_fill(~todo, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+            ask = todo & (groups == first)
+            left = self.left_of(x, rank[:, :-1] < L)
+            logits, at, asked = self.step(cache, tokens, slots, ranks, left, ask)
             score = certainty(logits, by, generator).masked_fill(~asked, -torch.inf)
             best = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
             at, asked = at.gather(1, best), asked.gather(1, best)  # (B, m), m <= per_step
@@ -319,55 +351,109 @@ class A3(nn.Module):
         return self.decode(x, groups, x.shape[-1], "confidence", temperature, top_k, generator)[0]
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="left", generator=None):
-        """Fill the mask_id positions of z (B, L), per_step a call, which become one group: from
-        left to right, or in an order of the model's own. Then each call predicts all that is open
-        and commits what it is surest of, by "confidence" (largest top probability), "entropy"
-        (smallest), "margin" (largest distance of the top two) or "random". Returns x and
+        """Fill the mask_id positions of z (B, L), per_step a call, as one group: by "left", or what
+        the model is surest of when it predicts all that is open, by "confidence" (largest top
+        probability), "entropy" (smallest), "margin" (of the top two), or "random". Returns x and
         revealed_at (B, L), the number of the call that filled a position, -1 if given."""
         masked = z == self.mask_id
         place = masked.cumsum(1) - 1 if by == "left" else torch.zeros_like(z)
         groups = torch.where(masked, place // max(1, per_step), -1)
-        by = "confidence" if by == "left" else by  # a whole group at once: there is no choice
-        return self.decode(z, groups, per_step, by, temperature, top_k, generator)
+        rule = "confidence" if by == "left" else by  # a whole group at once: there is no choice
+        return self.decode(z, groups, per_step, rule, temperature, top_k, generator)
 
     # ---- adaptation ------------------------------------------------------------------------------
     @torch.no_grad()
     def load_arm(self, state_dict):
-        """(6) Start from a trained ARM of lomdm.py (block_len = 1), its weights in both streams.
-        Returns a line that says what was new. ValueError if names or shapes are not those of an ARM
-        of this size (but an MDM has the same: that it is an ARM, only its Config can tell).
-        New are the last token's slot, a copy of the one before, and what queries start from: the
-        ARM's start token, which is how it asks for a token without knowing another, and its
-        positions, slot i of which asks for token i. So the first prediction is the ARM's."""
-        mine = self.state_dict().items()
-        want = {name: tuple(p.shape) for name, p in mine if "query" not in name}
-        want["wpe.weight"] = (self.config.seq_len, self.config.n_embd)
+        """(6) Become a trained ARM of lomdm.py, to rounding. New is only what a query begins as if
+        its left neighbour is hidden: the mean embedding. ValueError for other names or shapes."""
+        mine = {name: tuple(p.shape) for name, p in self.state_dict().items() if name != "query"}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
-        wrong = [f"no {name}" for name in want if name not in got]
-        wrong += [f"unexpected {name}" for name in got if name not in want]
-        wrong += [f"{n} is {got[n]}, not {want[n]}" for n in want if got.get(n, want[n]) != want[n]]
+        wrong = [name for name in {**mine, **got} if mine.get(name) != got.get(name)]
         if wrong:
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise ValueError(f"not an ARM of this size: {', '.join(wrong[:4])}{more}")
-        wpe = state_dict["wpe.weight"]
-        new = {"query": state_dict["wte.weight"][-1], "wpe_query.weight": wpe}
-        self.load_state_dict({**state_dict, **new, "wpe.weight": torch.cat((wpe, wpe[-1:]))})
-        return "loaded an ARM; new: query, wpe_query, the last row of wpe (copies of the ARM's)"
+            one = f"{wrong[0]} is {got.get(wrong[0])}, not {mine.get(wrong[0])}"
+            raise ValueError(f"not an ARM of this size: {one}, and {len(wrong) - 1} more like that")
+        self.load_state_dict({**state_dict, "query": state_dict["wte.weight"].mean(0)})
+
+    @classmethod
+    @torch.no_grad()
+    def from_pretrained(cls, folder, seq_len=None, **changes):
+        """(6) The same for a LLaMA or a relative, a folder in Hugging Face's format, in float32.
+        Learned positions begin as zeros. seq_len: None takes all its context; changes: fields of
+        Config. ValueError, one line, for what does not fit. Needs the package safetensors."""
+        from safetensors import SafetensorError, safe_open
+
+        folder = Path(folder)
+        try:
+            theirs = json.loads((folder / "config.json").read_text("utf-8"))
+            model = cls(Config(**(llama_config(theirs, seq_len) | changes)))
+            names, index = {"": "model.safetensors"}, folder / "model.safetensors.index.json"
+            if index.is_file():
+                names = json.loads(index.read_text("utf-8"))["weight_map"]
+            files = [safe_open(folder / name, "pt") for name in sorted(set(names.values()))]
+            files = {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
+            for name, p in model.named_parameters():
+                *layer, part, kind = f".{name}".split(".")  # blocks 3 qkv weight, or norm weight
+                where = f"model.layers.{layer[2]}." if layer[1:] else ""
+                parts = [f"{where}{their}.{kind}" for their in LLAMA_PARTS.get(part, ())]
+                if parts:
+                    rows = torch.cat([files.pop(their).get_tensor(their) for their in parts])
+                    fits = len(rows) in (len(p), model.config.vocab_size)
+                    if not fits or rows.shape[1:] != p.shape[1:]:
+                        raise ValueError(f"{parts} is {tuple(rows.shape)}, not {tuple(p.shape)}")
+                    p[: len(rows)] = rows
+            spare = "rotary_emb.inv_freq", "lm_head.weight" if model.config.tied else "inv_freq"
+            if files := [name for name in files if not name.endswith(spare)]:
+                raise ValueError(f"no place for {files[0]} in this model")
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+            raise ValueError(f"{folder} cannot be loaded: {type(e).__name__} {e}") from None
+        model.query[:] = model.wte.weight.mean(0)
+        if model.wpe is not None:
+            model.wpe.weight.zero_()
+        return model
 
 
-class Cache:
-    """Keys and values of the committed content, and the rank of each one's group. Append-only."""
+LLAMA_PARTS = {
+    "wte": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
+    "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
+    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "q_norm": ["self_attn.q_norm"], "k_norm": ["self_attn.k_norm"], "proj": ["self_attn.o_proj"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
+}  # fmt: skip
 
-    def __init__(self, rank):
-        self.rank, self.layers = rank, {}  # rank (B, S), beginning with S = 0
 
-    def append(self, layer, k, v):
-        """Add k, v (B, n_head, n, head_dim), return all keys and all values of the layer."""
-        if layer in self.layers:
-            old_k, old_v = self.layers[layer]
-            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
-        self.layers[layer] = k, v
-        return k, v
+def llama_config(c, seq_len):
+    """Hugging Face's config.json, in its older or newer form, as fields of Config."""
+    kind, L = c["model_type"], seq_len or c["max_position_embeddings"]
+    rope = {"rope_theta": c.get("rope_theta", 1e4)} | (c.get("rope_scaling") or {})
+    rope |= c.get("rope_parameters") or {}
+    turn = rope.get("rope_type", rope.get("type", "default"))
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    missing = {
+        f"model_type {kind}": kind not in ("llama", "mistral", "qwen2", "qwen3"),
+        f"rope_type {turn}": turn not in ("default", "llama3"),
+        f"a sliding_window of {window}, below {L} tokens,": window and window < L,
+        "attention_bias or mlp_bias": c.get("attention_bias") or c.get("mlp_bias"),
+        f"hidden_act {c.get('hidden_act')}": c.get("hidden_act") not in (None, "silu"),
+    }
+    if any(missing.values()):
+        raise ValueError(f"{next(what for what in missing if missing[what])} is not supported")
+    return dict(
+        vocab_size=c["vocab_size"], seq_len=L, n_layer=c["num_hidden_layers"],
+        n_head=c["num_attention_heads"], n_embd=c["hidden_size"], hidden=c["intermediate_size"],
+        n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim"),
+        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
+        start_id=c.get("bos_token_id"), rope_base=rope["rope_theta"],
+        rope_scaling=rope if turn == "llama3" else None,
+        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+    )  # fmt: skip
+
+
+def remember(cache, name, *new):
+    """(4) The cache is a dict of the keys and values (B, n_kv_head, S, head_dim) of each layer, and
+    the ranks (B, 1, S) of their groups. It only ever grows. Returns all under that name."""
+    old = cache.get(name, [t[:, :, :0] for t in new])
+    cache[name] = [torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)]
+    return cache[name]
 
 
 def pack(mask):
@@ -381,16 +467,14 @@ def pack(mask):
 def certainty(logits, by, generator=None):
     """How sure a prediction is, logits (..., V) -> (...): the rule of dynamic decoding."""
     p = F.softmax(logits, dim=-1)
-    if by == "confidence":
-        return p.amax(-1)
-    if by == "entropy":
-        return torch.xlogy(p, p).sum(-1)  # minus the entropy
-    if by == "margin":
-        top = p.topk(min(2, p.shape[-1])).values
-        return top[..., 0] - top[..., -1]
     if by == "random":
         return torch.rand(p.shape[:-1], generator=generator, device=p.device)
-    raise ValueError(f"by must be 'confidence', 'entropy', 'margin' or 'random', not {by!r}")
+    if by == "entropy":
+        return torch.xlogy(p, p).sum(-1)  # minus the entropy
+    if by not in ("confidence", "margin"):
+        raise ValueError(f"by must be 'confidence', 'entropy', 'margin' or 'random', not {by!r}")
+    top = p.topk(min(2, p.shape[-1])).values
+    return top[..., 0] - top[..., -1] * (by == "margin")
 
 
 def draw(logits, temperature, top_k, generator=None):
@@ -417,24 +501,20 @@ class Curriculum:
     def __post_init__(self):
         if self.total_steps < 1 or self.group_size < 1:
             raise ValueError("total_steps and group_size must be at least 1")
-        good = all(share >= 0 for share in self.shares) and abs(sum(self.shares) - 1) <= 1e-6
-        if len(self.shares) != 3 or not good:
+        good = len(self.shares) == 3 and min(self.shares) >= 0 and abs(sum(self.shares) - 1) <= 1e-6
+        if not good:
             raise ValueError(f"shares must be three numbers >= 0 that sum to 1, not {self.shares}")
 
     def stage(self, step):
         """(stage, size of its groups) at step 0, 1, ..; from total_steps on it stays as it was."""
-        step = min(step, self.total_steps - 1)
-        first = round(self.shares[0] * self.total_steps)
-        second = round((self.shares[0] + self.shares[1]) * self.total_steps)
-        if step < first:
-            return 1, 1
-        if step < second:
+        step, (one, two, _), T = min(step, self.total_steps - 1), self.shares, self.total_steps
+        first, second = round(one * T), round((one + two) * T)
+        if first <= step < second:
             return 2, (1, 2, 4)[3 * (step - first) // (second - first)]
-        return 3, self.group_size
+        return (1, 1) if step < first else (3, self.group_size)
 
     def __call__(self, step, B, L, generator=None, device=None):
         """groups (B, L) long for this step."""
         stage, size = self.stage(step)
-        if stage < 3:
-            return chunk_groups(B, L, size, device)
-        return random_groups(B, L, size, generator, device)
+        random = random_groups(B, L, size, generator, device)
+        return random if stage == 3 else chunk_groups(B, L, size, device)

@@ -8,10 +8,9 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     python train_char.py --preset gpt2 --data openwebtext
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
-Settings left out follow the preset, and the preset the device. --help lists them all. All that is
-random in a step, windows, orders and dropout, is a function of the seed, the step and the number of
-the micro-batch: a run that was killed goes on as if it had not been, and N processes do together
-what one does alone with the same --gradient_accumulation_steps.
+Settings left out follow the preset, and the preset the device. All that is random in a step is a
+function of the seed, the step and the number of the micro-batch: a run that was killed goes on as
+if nothing had been, and N processes do what one does with the same --gradient_accumulation_steps.
 """
 
 import copy
@@ -28,9 +27,8 @@ from tqdm import tqdm
 
 import a3
 from plumbing import checkpoint, cli, data, pictures, processes
-from plumbing.cli import UserError, flag, refuse
+from plumbing.cli import flag, refuse
 from plumbing.processes import RANK, WORLD
-from plumbing.tokenizers import TOKENIZERS
 
 SMALL = dict(  # nanoGPT's laptop size
     n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=800,
@@ -69,7 +67,7 @@ MODELS = {  # class; what its Config has fixed, and from flags; figures, the fir
     "mdm": ("lomdm.LoMDM", dict(), (), BOUND),
     "block": ("lomdm.LoMDM", dict(), ("block_len",), BOUND),
     "lomdm": ("lomdm.LoMDM", dict(learn_order=True), ORDER, BOUND),
-    "a3": ("a3.A3", dict(), (), {
+    "a3": ("a3.A3", dict(), ("left_neighbour",), {
         "exact, random order": bound,
         "exact, left to right": lambda *how: bound(*how, size=0),
         "exact, random groups of 4": lambda *how: bound(*how, size=4),
@@ -81,7 +79,6 @@ INPUTS = {"a3": train_groups}  # what the loss takes besides x, if anything
 
 
 def make_model(name, config):
-    """config: a dict of the fields of the class's Config."""
     module, cls = MODELS[name][0].rsplit(".", 1)
     module = importlib.import_module(module)
     return getattr(module, cls)(module.Config(**config))
@@ -90,13 +87,12 @@ def make_model(name, config):
 # ---- settings ------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    """All that a run depends on; every field is a flag. None: follows the device or other flags."""
-
+    # All that a run depends on; every field is a flag. None: follows the device or other flags.
     model: str = flag("lomdm", "what to train", tuple(MODELS))
     preset: str | None = flag(None, "size: small on CPU and MPS, base on CUDA", tuple(PRESETS))
     data: str = flag("shakespeare", "or openwebtext, python-docs, a file, a folder", resume=True)
     val_data: str | None = flag(None, "to validate on; default: the last tenth", resume=True)
-    tokenizer: str | None = flag(None, "char [gpt2 for openwebtext]", tuple(TOKENIZERS))
+    tokenizer: str | None = flag(None, "char, gpt2 [openwebtext], a folder with tokenizer.json")
     data_dir: str | None = flag(None, "where tokens are kept [data beside this]", resume=True)
     out_dir: str = flag("out", "for ckpt.pt (best), last.pt (to go on), log.jsonl", resume=True)
     resume: bool = flag(False, "go on with the run in out_dir", resume=True)
@@ -114,7 +110,8 @@ class Settings:
     c2: float = flag(0.65, "0 keeps the order uniform", only="lomdm lomdm-by-time")
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
-    init_from: str | None = flag(None, "out_dir of an ARM to start from", only="a3")
+    init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
+    left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3")
     # optimisation
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
     gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
@@ -128,7 +125,6 @@ class Settings:
     beta2: float | None = flag(None, "", least=0, below=1)
     grad_clip: float = flag(1.0, "largest norm of the gradient", least=1e-12, resume=True)
     ema: float = flag(0.0, "decay of averaged weights, to validate and sample", least=0, below=1)
-    # running
     eval_interval: int | None = flag(None, "steps between validations", least=1, resume=True)
     eval_windows: int = flag(2000, "to validate on, evenly spread", least=1)
     eval_draws: int = flag(1, "orders for each of them", least=1)
@@ -138,13 +134,12 @@ class Settings:
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
 
-def settle(s, device, arm=None):
-    """Fill in what follows the preset, an ARM or other flags, and refuse what cannot be."""
+def settle(s, device, like=None):
+    """Fill in what follows the preset, a model or other flags, and refuse what cannot be."""
     s.preset = s.preset or ("base" if device.type == "cuda" else "small")
-    known = PRESETS[s.preset] | {name: arm["config"][name] for name in SIZES if arm}
-    if s.lr_decay_iters is None:
-        s.lr_decay_iters = known["max_iters"] if s.max_iters is None else s.max_iters
-    known["warmup_iters"] = min(known["warmup_iters"], s.lr_decay_iters // 10)
+    known = PRESETS[s.preset] | {name: getattr(like.config, name) for name in SIZES if like}
+    known["lr_decay_iters"] = steps = s.lr_decay_iters or s.max_iters or known["max_iters"]
+    known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["min_lr"] = (s.learning_rate or known["learning_rate"]) / 10
     known["compile"] = cli.is_modern(device)
     known["dtype"] = "bfloat16" if known["compile"] else "float32"
@@ -152,6 +147,10 @@ def settle(s, device, arm=None):
     for name, value in known.items():
         setattr(s, name, value if getattr(s, name) is None else getattr(s, name))
     cli.check(s)
+    with cli.one_line(ValueError):
+        a3.Curriculum(s.lr_decay_iters, s.shares, s.group_size)
+    wrong = [name for name in SIZES if like and getattr(s, name) != getattr(like.config, name)]
+    refuse(wrong, f"--{[*wrong, ''][0]} is not that of {s.init_from}; leave it out")
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
     refuse(whole, f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm")
     refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
@@ -163,14 +162,12 @@ def settle(s, device, arm=None):
 
 # ---- batches, learning rate, validation ----------------------------------------------------------
 def windows(text, starts, s, device):
-    """(len(starts), seq_len) tokens."""
     x = text[np.asarray(starts)[:, None] + np.arange(s.seq_len)].astype(np.int64)
-    return torch.from_numpy(x).to(device)
+    return torch.from_numpy(x).to(device)  # (len(starts), seq_len)
 
 
 def get_batch(s, text, step, m, device):
-    """Windows (batch_size, seq_len) for micro-batch m. What is drawn after this, orders, dropout,
-    follows from the same seed."""
+    """Windows (batch_size, seq_len) for micro-batch m, and the seed of what is drawn after this."""
     seed = np.random.SeedSequence((s.seed, step, m + 1)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))  # m + 1, as SeedSequence ignores zeros at the end
     starts = torch.randint(len(text) - s.seq_len + 1, (s.batch_size,))
@@ -207,10 +204,8 @@ def train(s, device, corpus, model, ckpt, about):
     """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between two
     steps, all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
     out, weights = Path(s.out_dir), list(model.parameters())
-    groups = [  # vectors do not decay
-        dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay),
-        dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0),
-    ]
+    matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
+    groups = matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
@@ -280,59 +275,64 @@ def train(s, device, corpus, model, ckpt, about):
                 checkpoint.save(out / "last.pt", now | dict(model=model.state_dict()))
             if stopping:
                 resume = f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
-                message = f"stopped at step {step}, all saved; go on with: {resume}"
-                raise cli.Stopped(message, stop[0] if stop else 0)
+                raise cli.Stopped(f"stopped at step {step}, all saved; go on with: {resume}", *stop)
             pending, began = [], time.perf_counter()
     return step, seconds
 
 
 # ---- start ---------------------------------------------------------------------------------------
-def new_model(s, arm, tokenizer):
+def pretrained(s):
+    """The LLaMA or ARM that --init_from names as an A3, and the ARM's tokenizer."""
+    folder, s.dropout = Path(s.init_from), s.dropout or 0.0
+    fields = dict(left_neighbour=s.left_neighbour, dropout=s.dropout)
+    with cli.one_line(ValueError, ImportError):
+        if (folder / "config.json").is_file():
+            s.tokenizer = s.tokenizer or s.init_from
+            return a3.A3.from_pretrained(folder, s.seq_len or SMALL["seq_len"], **fields), None
+        ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
+        refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")
+        sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}
+        model = a3.A3(a3.Config(**sizes, **fields))
+        model.load_arm(ckpt["model"])
+    return model, ckpt["tokenizer"]
+
+
+def new_model(s, vocab_size):
     torch.manual_seed(s.seed)
     _, fixed, flags, _ = MODELS[s.model]
     config = {name: getattr(s, name) for name in (*SIZES, "dropout", *flags)} | fixed
-    try:
-        a3.Curriculum(s.lr_decay_iters, s.shares, s.group_size)
-        model = make_model(s.model, dict(vocab_size=tokenizer.size) | config)
-        if arm:  # not an MDM, whose weights have the same names and shapes
-            refuse(arm["model_name"] != "arm", f"--init_from {s.init_from}: no ARM")
-            refuse(arm["tokenizer"] != tokenizer.state, f"{s.init_from} has another vocabulary")
-            print(model.load_arm(arm["model"]))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    return model
+    with cli.one_line(ValueError):
+        return make_model(s.model, dict(vocab_size=vocab_size) | config)
 
 
 def main(argv=None):
-    given, ckpt, arm = cli.parse(Settings, argv, __doc__, PRESETS), None, None
+    given, ckpt, model = cli.parse(Settings, argv, __doc__, PRESETS), None, None
     out = Path(given.get("out_dir", Settings.out_dir))
-    if WORLD > 1:
-        given["device"] = processes.join(given.get("device"))
+    given |= processes.join(given.get("device"))
     s = Settings(**given)
     if s.resume:
         ckpt, model = checkpoint.load(out / "last.pt", make_model)
         s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
     elif s.init_from:
         cli.check(s)  # is it for this model?
-        arm, _ = checkpoint.load(Path(s.init_from) / "ckpt.pt", make_model)
+        model, wanted = pretrained(s)
     device = cli.pick_device(s.device)
     s.device = str(device)
-    settle(s, device, arm)
+    settle(s, device, None if ckpt else model)
     _held = checkpoint.only_run(out)  # a lock, as long as this process lives
     with processes.first_only():
         corpus = data.load(s.data, s.tokenizer, s.val_data, s.data_dir, s.out_dir, s.seq_len)
     s.data, tokenizer = corpus.name, corpus.tokenizer
-    if ckpt:
-        other = ckpt["data_sha256"] != corpus.sha256
-        refuse(other, f"--data {s.data} is not the text that this run began with")
-    else:
-        model = new_model(s, arm, tokenizer)
+    changed = ckpt and ckpt["data_sha256"] != corpus.sha256
+    refuse(changed, f"--data {s.data} is not the text that this run began with")
+    other = not ckpt and model and tokenizer.state != (wanted or tokenizer.state)
+    refuse(other, f"{s.init_from} has another vocabulary than --data {s.data}")
+    model = model or new_model(s, tokenizer.size)
     about = dict(model_name=s.model, config=asdict(model.config), settings=asdict(s))
     about |= dict(tokenizer=tokenizer.state, data_sha256=corpus.sha256)
     checkpoint.begin(out, ckpt, about)
     n = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    tokens = f"{len(corpus.train):,} + {len(corpus.val):,} tokens, {tokenizer.size:,} different"
-    print(f"{s.model} on {s.data}: {n}, {tokens}, {WORLD} x {device}, {s.dtype}")
+    print(f"{s.model} on {s.data}: {n}, {corpus}, {WORLD} x {device}, {s.dtype}")
     step, seconds = train(s, device, corpus, model.to(device), ckpt, about)
     processes.leave()
     if RANK:

@@ -31,21 +31,16 @@ import train_char
 from plumbing import cli
 from plumbing.cli import UserError, flag, refuse
 
-MODELS = {  # its name in train_char.py, and more of its Config
-    "arm": ("arm", dict()),
-    "mdm": ("mdm", dict()),
-    "block 4": ("block", dict(block_len=4)),
-    "block 16": ("block", dict(block_len=16)),
-    "lomdm": ("lomdm", dict()),
-    "lomdm in blocks of 16": ("lomdm", dict(block_len=16)),
-    "a3 left to right": ("a3", dict()),
-    "a3 random order": ("a3", dict()),
-    "a3 groups of 4": ("a3", dict()),
-}
-GROUPS = {  # how they are drawn, and how many tokens they have
-    "a3 left to right": (a3.chunk_groups, 1),
-    "a3 random order": (a3.random_groups, 1),
-    "a3 groups of 4": (a3.random_groups, 4),
+MODELS = {  # its name in train_char.py; more of its Config; A3's groups and their size
+    "arm": ("arm", dict(), None),
+    "mdm": ("mdm", dict(), None),
+    "block 4": ("block", dict(block_len=4), None),
+    "block 16": ("block", dict(block_len=16), None),
+    "lomdm": ("lomdm", dict(), None),
+    "lomdm in blocks of 16": ("lomdm", dict(block_len=16), None),
+    "a3 left to right": ("a3", dict(), (a3.chunk_groups, 1)),
+    "a3 random order": ("a3", dict(), (a3.random_groups, 1)),
+    "a3 groups of 4": ("a3", dict(), (a3.random_groups, 4)),
 }
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, FLOP/s, by NVIDIA
 SHARE = 0.4  # of the peak that a well-tuned training run reaches; an assumption
@@ -73,7 +68,7 @@ class Settings:
 
 def make(name, s):
     """A model, and its loss as a function of x (B, L)."""
-    kind, more = MODELS[name]
+    kind, more, partition = MODELS[name]
     sizes = {size: getattr(s, size) for size in ("vocab_size", *train_char.SIZES)}
     torch.manual_seed(0)
     try:
@@ -85,9 +80,9 @@ def make(name, s):
 
     def loss(x):
         inputs = ()
-        if name in GROUPS:
-            groups_of, n = GROUPS[name]
-            inputs = groups_of(*x.shape, n, device=x.device), n == 1
+        if partition:
+            groups_of, size = partition
+            inputs = groups_of(*x.shape, size, device=x.device), size == 1
         with torch.autocast(x.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
             return loss_of(x, *inputs)[0]
 
@@ -111,8 +106,6 @@ def make_step(name, s):
 
 
 # ---- time ----------------------------------------------------------------------------------------
-
-
 def timed(functions, s, warm_up):
     """{name: times in seconds, s.repeats of each}, taking turns."""
     times = {name: [] for name in functions}
@@ -180,8 +173,6 @@ def sampling(names, s):
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
 def resident():
     """The most memory this process has held, in bytes."""
     import resource  # not on Windows
@@ -217,8 +208,6 @@ def memories(names, s):
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
-
-
 class CountBytes(TorchDispatchMode):
     """What all operations read and write, each on its own as without torch.compile."""
 
@@ -265,8 +254,6 @@ def count(names, s):
 
 
 # ---- start ---------------------------------------------------------------------------------------
-
-
 def parse(argv):
     """Settings with everything filled in, and the names of the models."""
     s = Settings(**cli.parse(Settings, argv, __doc__, train_char.PRESETS))
@@ -274,11 +261,10 @@ def parse(argv):
     device = cli.pick_device(s.device)
     cuda, s.device = device.type == "cuda", str(device)
     s.preset = s.preset or ("base" if cuda else "small")
-    s.dtype = s.dtype or ("bfloat16" if cuda else "float32")
-    s.vocab_size = s.vocab_size or (50257 if s.preset == "gpt2" else 65)
-    for name in ("batch_size", *train_char.SIZES):
-        if getattr(s, name) is None:
-            setattr(s, name, train_char.PRESETS[s.preset][name])
+    known = dict(train_char.PRESETS[s.preset], dtype="bfloat16" if cuda else "float32")
+    known["vocab_size"] = 50257 if s.preset == "gpt2" else 65
+    for name, value in vars(s).items():
+        setattr(s, name, known[name] if value is None else value)
     names = s.models.split(",")
     unknown = [name for name in names if name not in MODELS]
     refuse(unknown, f"--models: no {', '.join(unknown)}; there are {', '.join(MODELS)}")

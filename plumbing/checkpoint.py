@@ -88,8 +88,8 @@ def load(path, make, device="cpu"):
         model.load_state_dict(ckpt["model"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         raise wrong from None
-    vocab = ckpt["tokenizer"].get("vocab")
-    fits = not isinstance(vocab, list) or len(vocab) == model.config.vocab_size
+    kind, vocab = ckpt["tokenizer"].get("kind"), ckpt["tokenizer"].get("vocab")
+    fits = kind != "char" or len(vocab or ()) == model.config.vocab_size
     if not fits or not all((p.abs() <= LARGEST).all() for p in model.parameters()):  # nor NaN
         raise wrong
     return ckpt, model.to(device)

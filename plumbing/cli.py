@@ -30,6 +30,15 @@ def refuse(wrong, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def one_line(*kinds):
+    """Within this, errors of these kinds come from what the user asked for: one line each."""
+    try:
+        yield
+    except kinds as e:
+        raise UserError(str(e)) from None
+
+
 def refuse_nan(numbers, step, saved_at):
     """numbers: of this step and those after it, in order. saved_at: the step of the last
     checkpoint, 0 for none."""
@@ -43,7 +52,8 @@ def refuse_nan(numbers, step, saved_at):
 
 
 class Stopped(BaseException):
-    """A clean end because a signal asked for it: Stopped(message, signal number). Like Python's own
+    """A clean end because a signal asked for it: Stopped(message, signal number), or without the
+    number if it came to another process. Like Python's own
     KeyboardInterrupt it is no Exception: it may come anywhere, and nothing shall swallow it."""
 
 
@@ -66,8 +76,8 @@ def run(main):
     except KeyboardInterrupt:
         leave("interrupted", 128 + signal.SIGINT)
     except Stopped as e:
-        message, number = e.args
-        leave(message, 128 + number)
+        message, *number = e.args
+        leave(message, 128 + (number or [0])[0])
     except Exception as e:
         line = explain(e)
         if line is None:

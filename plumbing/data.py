@@ -30,7 +30,7 @@ from tqdm import tqdm
 from plumbing import cli
 from plumbing.checkpoint import lock, write_file
 from plumbing.cli import UserError, flag
-from plumbing.tokenizers import TOKENIZERS, tokenizer_of
+from plumbing.tokenizers import TOKENIZERS, learn, tokenizer_of
 
 DATA = Path(__file__).parents[1] / "data"
 SHAKESPEARE_URL = (
@@ -287,7 +287,7 @@ def prepare(work, source, train, val, kind):
     progress = dict(total=source.get("bytes"), unit="B", unit_scale=True, delay=2)
     with tqdm(desc="vocabulary", **progress) as bar:
         texts = (batch for part in parts.values() for batch in batches(part(), bar))
-        tokenizer = TOKENIZERS[kind].learn(texts)
+        tokenizer = learn(kind, texts)
     with tqdm(desc="tokens", **progress) as bar:
         counts = {
             name: write_tokens(work / f"{name}.bin", part(), tokenizer, bar)
@@ -333,6 +333,10 @@ class Corpus:
             ) from None
         self.tokenizer = tokenizer_of(**meta["tokenizer"])
 
+    def __str__(self):
+        n = f"{len(self.train):,} + {len(self.val):,} tokens"
+        return f"{n}, {self.tokenizer.size:,} different"
+
 
 def tokens_in(path, dtype, tokens, sha256):
     """A memory-mapped array; ValueError if it is not what was written."""
@@ -360,7 +364,13 @@ def load(data, tokenizer=None, val_data=None, folder=None, but=None, least=0):
         source["val_files"] = more["files"]
         kept += f"-{kept_as(val_data)[-8:]}"
     source |= dict(tokenizer=kind, format=FORMAT)
-    target = root / f"{kept}-{kind}"
+    if kind not in TOKENIZERS:
+        path = Path(kind, "tokenizer.json")
+        if not path.is_file():
+            names = ", ".join(TOKENIZERS)
+            raise UserError(f"--tokenizer {kind}: neither {names} nor a folder with {path.name}")
+        source |= dict(tokenizer=describe([path])["files"])
+    target = root / f"{kept}-{kind if kind in TOKENIZERS else kept_as(kind)}"
     try:
         if not is_current(target, source):
             with contextlib.closing(lock(Path(f"{target}.lock"), wait=True)):
@@ -410,7 +420,9 @@ def is_current(folder, source):
 class Flags:
     data: str = flag("shakespeare", f"{', '.join(SOURCES)}, a .txt, a .jsonl, or their folder")
     val_data: str | None = flag(None, "text to validate on, by default the last tenth of --data")
-    tokenizer: str | None = flag(None, "char [gpt2 for openwebtext]", tuple(TOKENIZERS))
+    tokenizer: str | None = flag(
+        None, "char, gpt2 [for openwebtext] or a folder with tokenizer.json"
+    )
     data_dir: str | None = flag(None, "where tokens are kept, by default data")
 
 

@@ -26,9 +26,10 @@ PATIENCE = 2  # seconds in which more signals mean the same: torchrun and fast f
 
 
 def join(device_name):
-    """Meet the others. Returns the device of this process: a GPU if there is one for each."""
+    """Meet the others. Returns {"device": that of this process}, a GPU if there is one for each;
+    or {} if there are no others."""
     if WORLD == 1:
-        return device_name
+        return {}
     cuda, here = torch.cuda.is_available() and device_name != "cpu", torch.cuda.device_count()
     if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > here:
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {here} GPUs here")
@@ -42,7 +43,7 @@ def join(device_name):
     )
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return name
+    return dict(device=name)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ encode_all and pieces. A batch is a list of (goes a separator before it?, text).
 """
 
 import codecs
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -118,11 +120,76 @@ class GPT2:
         return pieces
 
 
-TOKENIZERS = {"char": Characters, "gpt2": GPT2}
+class HuggingFace:
+    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers."""
+
+    kind, unit = "huggingface", "nats/token"
+
+    def __init__(self, vocab):
+        """vocab: the text of tokenizer.json, and the end-of-text token or None."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError("a tokenizer.json needs a package: pip install tokenizers") from None
+        try:
+            text, end = vocab
+            self.bpe = Tokenizer.from_str(text)
+            self.end = None if end is None else self.bpe.token_to_id(end)
+        except Exception as e:  # tokenizers raises nothing more special
+            raise UserError(f"the tokenizer.json is damaged ({str(e)[:60]})") from None
+        self.bpe.encode_special_tokens = True  # what looks like one is plain text
+        self.size = self.bpe.get_vocab_size()
+        self.state = dict(kind=self.kind, vocab=[text, end])
+        self.dtype = dtype_of(self.size)
+
+    @classmethod
+    def at(cls, folder):
+        """That of a folder, which may name the end-of-text token in tokenizer_config.json."""
+        try:
+            text, end = Path(folder, "tokenizer.json").read_text("utf-8"), None
+            if Path(folder, "tokenizer_config.json").is_file():
+                about = json.loads(Path(folder, "tokenizer_config.json").read_text("utf-8"))
+                end = about.get("eos_token")
+        except (OSError, ValueError) as e:
+            raise UserError(f"--tokenizer {folder}: cannot read it ({e})") from None
+        return cls([text, end["content"] if isinstance(end, dict) else end])
+
+    def encode(self, text):
+        """(L,)"""
+        ids = self.bpe.encode(clean(text), add_special_tokens=False).ids
+        return np.array(ids, self.dtype)
+
+    def encode_all(self, batch):
+        between = self.encode("\n\n") if self.end is None else np.array([self.end], self.dtype)
+        parts = [np.empty(0, self.dtype)]
+        for separate, text in batch:
+            parts += [between, self.encode(text)] if separate else [self.encode(text)]
+        return np.concatenate(parts)
+
+    def pieces(self, ids):
+        """The text of each token: by what it adds to that of the few before it, as a character may
+        need several tokens, and a word may begin with a space that is not in its token."""
+        pieces, start, shown = [], 0, ""
+        for i in range(len(ids)):
+            text = self.bpe.decode(ids[start : i + 1], skip_special_tokens=False)
+            whole = not text.endswith("\ufffd") or i + 1 == len(ids)
+            pieces.append(text[len(shown) :] if whole else "")
+            if whole:
+                start, shown = i, self.bpe.decode(ids[i : i + 1], skip_special_tokens=False)
+        return pieces
+
+
+TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their folder
+
+
+def learn(name, batches):
+    """The tokenizer of that name, for these texts, or the one in a folder with tokenizer.json."""
+    return TOKENIZERS[name].learn(batches) if name in TOKENIZERS else HuggingFace.at(name)
 
 
 def tokenizer_of(kind, vocab):
     """The tokenizer that a checkpoint or meta.json describes."""
-    if kind not in TOKENIZERS:
-        raise UserError(f"there is no tokenizer {kind!r}; there are {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind](vocab)
+    kinds = {**TOKENIZERS, HuggingFace.kind: HuggingFace}
+    if kind not in kinds:
+        raise UserError(f"there is no tokenizer {kind!r}; there are {', '.join(kinds)}")
+    return kinds[kind](vocab)

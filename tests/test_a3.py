@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import a3
 import lomdm
-from a3 import A3, Config, Curriculum, ar_groups, chunk_groups, random_groups
+from a3 import A3, Config, Curriculum, chunk_groups, random_groups
 
 V = 3
 BY = ("confidence", "entropy", "margin", "random")
@@ -110,11 +110,14 @@ def naive(model, x, groups):
         q, k, v = (block.qkv.weight @ norm(block.norm1, h)).view(3, heads, d)
         return turn(q, place), turn(k, place), v
 
+    def embed(vector, slot):  # the last slot, which an ARM never reads, shares its position
+        return vector + model.wpe.weight[min(slot, model.config.seq_len - 1)]
+
     memory = [[] for _ in model.blocks]  # (k, v) of the content so far, for each layer
 
     def commit(tokens, slots):
         """Content of one group: its members see each other and all that came before."""
-        h = [model.wte.weight[t] + model.wpe.weight[s] for t, s in zip(tokens, slots, strict=True)]
+        h = [embed(model.wte.weight[t], s) for t, s in zip(tokens, slots, strict=True)]
         for block, mem in zip(model.blocks, memory, strict=True):
             parts = [qkv(block, h_i, s) for h_i, s in zip(h, slots, strict=True)]
             mem += [(k, v) for _, k, v in parts]
@@ -126,13 +129,17 @@ def naive(model, x, groups):
     logits = torch.full((len(x), V), torch.nan)
     commit([V], [0])
     given = [i for i in range(len(x)) if groups[i] < 0]
-    commit([x[i] for i in given], [i + 1 for i in given])
+    for i in given:
+        commit([x[i]], [i + 1])
     for rank in sorted({g for g in groups if g >= 0}):
         members = [i for i in range(len(x)) if groups[i] == rank]
         for i in members:
-            q_i = model.query + model.wpe_query.weight[i]
+            known = i == 0 or max(groups[i - 1], -1) < rank
+            left = V if i == 0 else x[i - 1]
+            neighbour = known and model.config.left_neighbour
+            q_i = embed(model.wte.weight[left] if neighbour else model.query, i)
             for block, mem in zip(model.blocks, memory, strict=True):
-                q_i = rest_of_layer(block, q_i, attend(qkv(block, q_i, i + 1)[0], mem))
+                q_i = rest_of_layer(block, q_i, attend(qkv(block, q_i, i)[0], mem))
             logits[i] = model.lm_head.weight[:V] @ norm(model.norm, q_i)
         commit([x[i] for i in members], [i + 1 for i in members])
     return logits
@@ -181,11 +188,12 @@ def test_every_parameter_learns():
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
 @torch.no_grad()
 def test_predictions_see_exactly_the_earlier_groups(n_layer):
-    """x_j moves the prediction of i if group(j) < group(i) or j is given, and not otherwise."""
+    """x_j moves the prediction of i if group(j) < group(i), and not otherwise. Given tokens are the
+    first groups, one by one from left to right."""
     model = make(n_layer=n_layer, seed=n_layer)
     x = torch.randint(V, (8, 5))
-    for groups in (RAGGED, ar_groups(8, 5), random_groups(8, 5, 1), random_groups(8, 5, 2)):
-        before, rank = model(x, groups), groups.clamp(min=-1)
+    for groups in (RAGGED, chunk_groups(8, 5), random_groups(8, 5, 1), random_groups(8, 5, 2)):
+        before, rank = model(x, groups), torch.where(groups < 0, torch.arange(5) - 9, groups)
         for j in range(5):
             other = x.clone()
             other[:, j] = (x[:, j] + 1) % V
@@ -230,7 +238,7 @@ def test_order_inside_a_group_does_not_count(monkeypatch):
 
 
 def test_groups():
-    assert torch.equal(ar_groups(2, 4), torch.tensor([[0, 1, 2, 3]] * 2))
+    assert torch.equal(chunk_groups(2, 4), torch.tensor([[0, 1, 2, 3]] * 2))
     assert torch.equal(chunk_groups(1, 5, 2), torch.tensor([[0, 0, 1, 1, 2]]))
     for L, size in itertools.product([1, 5, 8], [1, 2, 3, 9]):
         groups = random_groups(20, L, size, torch.Generator().manual_seed(0))
@@ -254,7 +262,7 @@ def test_singletons_need_no_mask(monkeypatch):
     that the same rows get in the company of a row that has larger groups."""
     model, x, calls = make(), torch.randint(V, (5, 5)), []
     spy(monkeypatch, F, "scaled_dot_product_attention", lambda y, *args, **kw: calls.append(kw))
-    single = torch.cat((ar_groups(1, 5), RAGGED[1:2], torch.tensor([[9, -4, 3, 5, 0]])))
+    single = torch.cat((chunk_groups(1, 5), RAGGED[1:2], torch.tensor([[9, -4, 3, 5, 0]])))
     fast = model(x[:3], single)
     assert len(calls) == 3  # two streams in one layer, the query stream alone in the last
     assert all(kw["is_causal"] and kw.get("attn_mask") is None for kw in calls)
@@ -264,9 +272,11 @@ def test_singletons_need_no_mask(monkeypatch):
     torch.testing.assert_close(fast, masked[:3], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("left_neighbour", [True, False])
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
-def test_forward_is_the_naive_double_loop(n_layer):
-    model, x = make(n_layer=n_layer), torch.randint(V, (8, 5))
+def test_forward_is_the_naive_double_loop(n_layer, left_neighbour):
+    model = make(n_layer=n_layer, left_neighbour=left_neighbour)
+    x = torch.randint(V, (8, 5))
     for groups in (RAGGED, RAGGED[:2], random_groups(8, 5, 1)):
         rows = x[: len(groups)]
         pairs = zip(rows.tolist(), groups.tolist(), strict=True)
@@ -310,18 +320,18 @@ def decodings():
         yield f"{by} {m}", lambda model, x, kw=kw: model.sample(x.where(groups < 0, V), **kw)
 
 
-@pytest.mark.parametrize("n_layer", [1, 2, 3])
+@pytest.mark.parametrize("n_layer,left_neighbour", [(1, True), (2, True), (3, True), (2, False)])
 @torch.no_grad()
-def test_cached_logits_are_those_of_forward(n_layer, monkeypatch):
+def test_cached_logits_are_those_of_forward(n_layer, left_neighbour, monkeypatch):
     """At every step: the cached call's logits, and forward's on what is committed by then with
     anything in the open places. And afterwards: log_prob of the finished text, given the steps as
     its groups."""
-    model = make(n_layer=n_layer)
+    model = make(n_layer=n_layer, left_neighbour=left_neighbour)
     for name, decode in decodings():
         steps = []
         with monkeypatch.context() as m:
 
-            def record(out, cache, tokens, slots, rank, ask, steps=steps):
+            def record(out, cache, tokens, slots, rank, left, ask, steps=steps):
                 steps.append((*out, tokens, slots, rank, ask))
 
             spy(m, model, "step", record)
@@ -543,15 +553,16 @@ def test_rules_differ():
 @torch.no_grad()
 def test_two_groups_are_a_masked_diffusion_step(visible):
     """Given what is visible the rest is independent: the joint is the product of its marginals. And
-    it makes no difference whether the visible tokens are given or a group that was predicted
-    before."""
+    it makes no difference whether the visible tokens are given or were predicted before, one by one
+    from left to right."""
     model, x = make(), texts(5)
     shown = torch.zeros(5, dtype=torch.bool)
     shown[visible] = True
     groups = torch.where(shown, 0, 1).repeat(len(x), 1)
     log_p = model.log_prob(x, groups)
     infill = model.log_prob(x, torch.where(groups == 0, -1, 1))
-    torch.testing.assert_close(log_p[:, ~shown], infill[:, ~shown], rtol=0, atol=1e-12)
+    one_by_one = model.log_prob(x, torch.where(groups == 0, torch.arange(5), 5))
+    torch.testing.assert_close(one_by_one[:, ~shown], infill[:, ~shown], rtol=0, atol=1e-12)
     joint = log_p[:, ~shown].sum(1).exp().view((V,) * 5)
     hidden = [i for i in range(5) if not shown[i]]
     product = torch.ones(())
@@ -573,26 +584,78 @@ def make_arm(L=5, **kw):
 
 @pytest.mark.parametrize("L", [3, 5])
 @torch.no_grad()
-def test_content_stream_is_the_arm(L, monkeypatch):
-    """Left to right the content stream is the ARM on every layer: what goes into it, and what the
-    last layer's keys and values are made of. And so is the prediction of token 0, from nothing."""
+def test_both_streams_are_the_arm(L, monkeypatch):
+    """Left to right both streams are the ARM on every layer, up to where nobody reads the content
+    any more."""
     arm, model, x = make_arm(), make(n_layer=3), texts(L)[::5]
-    line = model.load_arm(arm.state_dict())
-    assert "wpe_query" in line and "\n" not in line
-    inputs = {arm: [], model: []}
+    model.load_arm(arm.state_dict())
+    inputs = {"arm": [], "content": [], "both": []}
     for block in arm.blocks:
-        block.register_forward_pre_hook(lambda block, args: inputs[arm].append(args[0]))
+        block.register_forward_pre_hook(lambda block, args: inputs["arm"].append(args[0]))
     for block in model.blocks:
-        spy(monkeypatch, block, "keys_values", lambda kv, h, rotary: inputs[model].append(h))
-    want, got = arm.log_probs(x), model(x, ar_groups(len(x), L)).log_softmax(-1)
-    assert len(inputs[arm]) == len(inputs[model]) == 3
-    for h_arm, h in zip(inputs[arm], inputs[model], strict=True):
-        torch.testing.assert_close(h, h_arm, rtol=0, atol=1e-12)
-    torch.testing.assert_close(got[:, 0], want[:, 0], rtol=0, atol=1e-12)
+        block.register_forward_pre_hook(lambda block, args: inputs["both"].append(args[0]))
+        spy(monkeypatch, block, "keys_values", lambda kv, h, rotary: inputs["content"].append(h))
+    arm.log_probs(x), model(x, chunk_groups(len(x), L))
+    assert [len(h) for h in inputs.values()] == [3, 3, 3]
+    for h_arm, content, both in zip(*inputs.values(), strict=True):
+        torch.testing.assert_close(content, h_arm, rtol=0, atol=1e-12)
+        for half in both.split(L, dim=1):
+            torch.testing.assert_close(half, h_arm, rtol=0, atol=1e-12)
     for name, p in arm.state_dict().items():
-        own = model.state_dict()[name]
-        assert torch.equal(own[:5] if name == "wpe.weight" else own, p), name
-    assert torch.equal(model.wpe.weight[5], model.wpe.weight[4])
+        assert torch.equal(model.state_dict()[name], p), name
+    torch.testing.assert_close(model.query, arm.wte.weight.mean(0))
+
+
+def trained_arm(dtype, steps=30, L=12, vocab_size=7):
+    """An ARM that has learnt something, and texts of the kind it was trained on."""
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    arm = lomdm.LoMDM(lomdm.Config(vocab_size, L, 2, 2, 16, block_len=1))
+    optimizer = torch.optim.AdamW(arm.parameters(), 1e-2)
+    for _ in range(steps):
+        x = (torch.arange(L) + torch.randint(7, (16, 1))) % 7 * (torch.rand(16, L) < 0.9)
+        loss, _ = arm.loss(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1.7  # guessing is 1.95
+    return arm.eval(), x
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@torch.no_grad()
+def test_an_adapted_arm_is_the_arm(dtype, tolerance, monkeypatch):
+    """Left to right, in place and cached, for any split into given and predicted: its own
+    log-probabilities, so its loss and its samples as well."""
+    with torch.enable_grad():
+        arm, x = trained_arm(dtype)
+    B, L = x.shape
+    model = A3(Config(7, L, 2, 2, 16)).eval()
+    model.load_arm(arm.state_dict())
+    want = arm.log_probs(x).gather(-1, x[..., None])[..., 0]  # (B, L)
+    groups = chunk_groups(B, L)
+    torch.testing.assert_close(model.log_prob(x, groups), want, rtol=0, atol=tolerance)
+    torch.testing.assert_close(model.loss(x, groups)[0], arm.loss(x)[0], rtol=0, atol=tolerance)
+    for given in range(L):  # a prompt, then one token after another
+        split = torch.where(groups < given, -1, groups)
+        got = model.log_prob(x, split)[:, given:]
+        torch.testing.assert_close(got, want[:, given:], rtol=0, atol=tolerance)
+    for given in (0, 1, 5, L - 1):  # cached: all logits on the way are the ARM's of what was drawn
+        seen = []
+        with monkeypatch.context() as m:
+            spy(m, model, "step", lambda out, *args, seen=seen: seen.append(out[:2]))
+            z = x.where(groups < given, model.mask_id)
+            done, at = model.sample(z, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(at, torch.where(groups < given, -1, groups - given))
+        log_p = arm.log_probs(done)
+        assert len(seen) == L - given
+        for i, (logits, where) in enumerate(seen, given):
+            assert (where == i).all()
+            torch.testing.assert_close(
+                logits[:, 0].log_softmax(-1), log_p[:, i], rtol=0, atol=tolerance
+            )
+    # and an order that is not left to right is not the ARM
+    assert (model.log_prob(x, groups.flip(1)) - want).abs().max() > 0.1
 
 
 def test_loaded_weights_are_a_copy():
@@ -608,11 +671,11 @@ def test_loaded_weights_are_a_copy():
 @pytest.mark.parametrize(
     "kw,message",
     [
-        (dict(L=6), r"^not an ARM of this size: wpe.weight is \(6, 8\), not \(5, 8\)$"),
-        (dict(n_layer=2), r"no blocks.2.norm1.weight, .* and 2 more$"),
-        (dict(n_layer=4), r"unexpected blocks.3.norm1.weight, .* and 2 more$"),
+        (dict(L=6), r"^not an ARM of this size: wpe.weight is \(6, 8\), not \(5, 8\), and 0 more"),
+        (dict(n_layer=2), r"blocks.2.norm1.weight is None, not \(8,\), and 5 more"),
+        (dict(n_layer=4), r"blocks.3.norm1.weight is \(8,\), not None, and 5 more"),
         (dict(n_embd=16), r"wte.weight is \(4, 16\), not \(4, 8\)"),
-        (dict(block_len=5, learn_order=True), r"unexpected g.block.norm1.weight"),
+        (dict(block_len=5, learn_order=True), r"g.block.norm1.weight is \(8,\), not None"),
     ],
 )
 def test_wrong_checkpoints_are_refused(kw, message):
@@ -624,9 +687,21 @@ def test_wrong_checkpoints_are_refused(kw, message):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+def test_the_shared_vector_forgets_the_arm():
+    """The paper's query, reachable by one field of Config: the reason not to use it."""
+    arm, x = trained_arm(torch.float64)
+    losses = {}
+    for left_neighbour in (True, False):
+        model = A3(Config(7, 12, 2, 2, 16, left_neighbour=left_neighbour)).eval()
+        model.load_arm(arm.state_dict())
+        losses[left_neighbour] = model.loss(x, chunk_groups(*x.shape))[0]
+    torch.testing.assert_close(losses[True], arm.loss(x)[0])
+    assert losses[False] > losses[True] + 0.1
+
+
 def test_a_checkpoint_of_its_own_or_of_another_vocabulary_is_no_arm():
     model = make(n_layer=3)
-    with pytest.raises(ValueError, match="unexpected query"):
+    with pytest.raises(ValueError, match=r"query is \(8,\), not None"):
         model.load_arm(model.state_dict())
     with pytest.raises(ValueError, match=r"wte.weight is \(4, 8\), not \(8, 8\)"):
         make(n_layer=3, vocab_size=7).load_arm(make_arm().state_dict())
@@ -701,13 +776,13 @@ def test_bad_config(kw, message):
 
 def test_bad_calls():
     model, x = make(), torch.randint(V, (2, 5))
-    ar, given = ar_groups(2, 5), torch.full((2, 5), -1)
+    ar, given = chunk_groups(2, 5), torch.full((2, 5), -1)
     for method in (model, model.log_prob, model.loss, model.generate):
         for bad in (ar[:, :4], ar[0], ar.int(), ar.double(), ar >= 0):
             with pytest.raises(ValueError, match=r"^x and groups must both be \(B, L\)"):
                 method(x, bad)
         with pytest.raises(ValueError, match="6 tokens do not fit into seq_len 5"):
-            method(x.repeat(1, 2)[:, :6], ar_groups(2, 6))
+            method(x.repeat(1, 2)[:, :6], chunk_groups(2, 6))
     with pytest.raises(ValueError, match="both be"):
         model(x[0], ar[0])
     assert (model.log_prob(x, given) == 0).all() and model.loss(x, given)[0] == 0

@@ -31,7 +31,7 @@ class Settings:
 
 
 def given(*argv):
-    return cli.parse(Settings, argv, "A script.\n\n    as it is", "The end.")
+    return cli.parse(Settings, argv, "A script.\n\n    as it is", {"tiny": {"steps": 3}})
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_help(capsys):
         given("--help")
     assert e.value.code == 0
     out = capsys.readouterr().out
-    assert "A script.\n\n    as it is\n" in out and out.endswith("The end.\n")
+    assert "A script.\n\n    as it is\n" in out and out.endswith("--preset tiny:  steps 3\n")
     assert "of a step [0.001]" in out and "a text, 100% of it\n" in out  # no default, no brackets
     assert "{arm,block,lomdm}" in out
 

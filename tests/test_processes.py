@@ -150,7 +150,7 @@ def test_one_process_meets_nobody(monkeypatch):
     finally:
         monkeypatch.undo()
         importlib.reload(processes)
-    assert processes.join("cpu") == "cpu" and processes.join(None) is None
+    assert processes.join("cpu") == {} and processes.join(None) == {}
     with processes.first_only():
         pass
     model = torch.nn.Linear(2, 1)
@@ -176,7 +176,7 @@ TWO = """
 import os, sys, time, torch
 from plumbing import processes
 assert processes.WORLD == 2
-device = processes.join(None if torch.cuda.device_count() > 1 else "cpu")
+device = processes.join(None if torch.cuda.device_count() > 1 else "cpu")["device"]
 with processes.first_only():
     if processes.RANK == 0:
         time.sleep(0.5)

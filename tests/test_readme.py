@@ -1,107 +1,135 @@
-"""What the README says can be run: its commands parse, its files and tests exist, and the code it
-shows does what it says."""
+"""What README.md, experiments/RESULTS.md and the docstrings of the scripts say can be run: the
+commands parse, files, tests and functions exist, and the code shown does what it says."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-import bench
-import evidence
-import prepare
 import sample
 import train_char
+from experiments import bench, evidence
+from plumbing import cli, data
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
-PARSE = {
-    "train_char.py": train_char.parse,
-    "sample.py": sample.parse,
-    "bench.py": bench.parse,
-    "prepare.py": prepare.parse,
-    "evidence.py": lambda argv: (
-        train_char.parse(argv[1:]) if argv[0] == "times" else evidence.parse(argv)
-    ),
+PAGES = {path: (ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/RESULTS.md")}
+PROSE = "\n".join(PAGES.values())
+
+
+def parser_of(Settings):
+    """A check of arguments: that they parse, and are what their flags allow."""
+    return lambda argv: cli.check(Settings(**cli.parse(Settings, argv, "", train_char.PRESETS)))
+
+
+PARSE = {  # as a command calls it: file, parser
+    "train_char.py": ("train_char.py", parser_of(train_char.Settings)),
+    "sample.py": ("sample.py", parser_of(sample.Settings)),
+    "plumbing.data": ("plumbing/data.py", parser_of(data.Flags)),
+    "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
+    "experiments.evidence": ("experiments/evidence.py", evidence.parse),
 }
+DOCSTRINGS = [
+    (ROOT / path).read_text("utf-8").split('"""')[1]
+    for path in (*(path for path, _ in PARSE.values()), "experiments/by_time.py")
+]
 
 
-def commands():
-    """[(script, its arguments)]: from every line of a code block and every `span` that calls one of
-    our scripts, in the README and in the docstrings of the scripts."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", README)]
-    for script in PARSE:
-        doc = (ROOT / script).read_text("utf-8").split('"""')[1]
-        lines += [line.split("  ")[0] for line in map(str.strip, doc.splitlines())]
-    for line in lines:
+def lines():
+    """Every line of a code block and every `span` of the pages, and all of the docstrings."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", PROSE, re.M | re.S):
+        yield from block.replace("\\\n", " ").splitlines()
+    for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", PROSE):
+        yield span.replace("\n", " ")
+    for docstring in DOCSTRINGS:
+        yield from (line.strip().split("  ")[0] for line in docstring.splitlines())
+
+
+def calls():
+    """Every part of a line that calls python or torchrun, in words."""
+    for line in lines():
         for part in line.split("&&"):
-            words = (
-                shlex.split(part.split("#")[0])
-                if re.match(r"\s*\S*(python|torchrun)", part)
-                else []
-            )
-            for i, word in enumerate(words):
-                if word in PARSE and "--help" not in words:
-                    yield word, [w for w in words[i + 1 :] if w != ".."]
+            part = re.sub(r"^\s*(\w+=\S* )*", "", part.split(" #")[0])  # KILLS=20 python ..
+            if re.match(r"\S*(python3?|torchrun) ", part):
+                yield shlex.split(part)
 
 
-COMMANDS = sorted({(script, tuple(argv)) for script, argv in commands()})
+def ours(words):
+    """(script, its arguments) if a call is of one of our scripts."""
+    for i, word in enumerate(words):
+        if word in PARSE and (words[i - 1] == "-m") == (not word.endswith(".py")):
+            return word, tuple(w for w in words[i + 1 :] if w != "..")
+
+
+COMMANDS = {found for words in calls() if (found := ours(words)) and "--help" not in found[1]}
+COMMANDS = sorted(COMMANDS)
 
 
 def test_there_are_commands():
     assert {script for script, _ in COMMANDS} == set(PARSE) and len(COMMANDS) > 30
 
 
+def test_every_call_is_known():
+    """None is of a script that is gone, or of a module without -m."""
+    for words in calls():
+        assert ours(words) or words[1:3] in (["-m", "venv"], ["-m", "pytest"]), words
+
+
 @pytest.mark.parametrize(
     "script,argv", COMMANDS, ids=lambda v: v if isinstance(v, str) else " ".join(v)
 )
 def test_command_parses(script, argv):
-    PARSE[script](list(argv))
+    PARSE[script][1](list(argv))
 
 
 def test_flags_exist():
     """Flags that are named on their own, in `--flag value`."""
-    help_texts = {name: Path(ROOT / name).read_text("utf-8") for name in PARSE}
-    known = {f"--{name}" for name in train_char.Settings.__dataclass_fields__}
-    known |= set(re.findall(r'"(--\w+)"', "".join(help_texts.values())))
-    known |= {"--batch_size", "--seq_len", "--n_layer", "--n_head", "--n_embd"}
+    settings = (train_char.Settings, sample.Settings, data.Flags, bench.Settings)
+    known = {f"--{name}" for S in settings for name in S.__dataclass_fields__}
+    known |= {f"--{name}" for name in evidence.FLAGS}
     known |= {"--help", "--standalone", "--nproc_per_node"}  # torchrun's
-    used = set(re.findall(r"(?<![\w-])--\w+", README))
+    used = set(re.findall(r"(?<![\w-])--\w+", PROSE))
     assert used <= known, used - known
 
 
-def test_files_and_tests_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(
-        r'src(?:set)?="([^"]+)"', README
-    ):
-        assert link.startswith("https://") or (ROOT / link).is_file(), link
-    ignored = subprocess_ignored()
-    for name in re.findall(r"`((?:tests/)?[\w/]+\.(?:py|html|md|txt|svg))`", README):
-        assert (ROOT / name).is_file() or name in ignored, name
+def written():
+    """Files that commands of the pages write."""
+    both = [pair for _, argv in COMMANDS for pair in itertools.pairwise(argv)]
+    return {path for flag, path in both if flag in ("--html", "--svg")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_tests_exist(page):
+    """Links start from the page, file names from the root."""
+    text = PAGES[page]
+    links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src(?:set)?|href)="([^"]+)"', text)
+    for link in links:
+        path, _, heading = link.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert link.startswith("https://") or there.exists(), link
+        if heading and not link.startswith("https://"):
+            found = re.findall(r"^#+ (.*)", there.read_text("utf-8"), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in found}
+    for name in re.findall(r"`([\w/]+\.(?:py|html|md|txt|svg|yml))`", text):
+        assert (ROOT / name).is_file() or name in written(), name
+    for name in re.findall(r"`((?:plumbing|experiments|tests)/\w*)/?`", text):
+        assert (ROOT / name).is_dir(), name
     tests = "".join(p.read_text("utf-8") for p in (ROOT / "tests").glob("*.py"))
-    for name in set(re.findall(r"`(test_\w+)`", README)):
+    for name in set(re.findall(r"`(test_\w+)`", text)):
         assert f"def {name}(" in tests, name
 
 
-def subprocess_ignored():
-    """Files that commands of the README write."""
-    return {
-        argv[i + 1] for _, argv in COMMANDS for i, w in enumerate(argv) if w in ("--html", "--svg")
-    }
-
-
 def test_functions_exist():
-    """`name()` and `Class.name()` are functions of lomdm.py or a3.py."""
-    code = (ROOT / "lomdm.py").read_text() + (ROOT / "a3.py").read_text()
-    code += "".join((ROOT / name).read_text("utf-8") for name in PARSE)
-    for name in set(re.findall(r"`(?:\w+\.)*(\w+)\(\)`", README)):
+    """`name()` and `Class.name()` are functions of ours."""
+    files = (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("experiments/*.py"))
+    code = "".join(path.read_text("utf-8") for path in files)
+    for name in set(re.findall(r"`(?:\w+\.)*(\w+)\(\)`", PROSE)):
         assert f"def {name}(" in code or f"class {name}" in code, name
 
 
 def test_the_python_example_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```", PROSE, re.M | re.S)
     assert len(blocks) == 1
     scope = {}
     code = blocks[0].replace("256", "32").replace("n_layer=6", "n_layer=1").replace("384", "48")

@@ -129,7 +129,9 @@ def sampled(out):
 
 def test_files(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    sample.main(["--device", "cpu", "--num_samples", "1", "--html", "new/a.html", "--svg", "new/a.svg"])
+    sample.main(
+        ["--device", "cpu", "--num_samples", "1", "--html", "new/a.html", "--svg", "new/a.svg"]
+    )
     assert "Written by lomdm, validation" in Path("new/a.html").read_text()
     assert Path("new/a.svg").read_text().startswith("<svg")
 

@@ -1,0 +1,481 @@
+"""A3.from_pretrained() against transformers, on small random models of each kind it reads; and the
+way from such a folder through train_char.py and sample.py."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import a3
+import sample
+import train_char
+from plumbing import data
+from plumbing.cli import UserError
+from plumbing.tokenizers import HuggingFace
+
+WHY = "pretrained models are compared with transformers' own: pip install transformers"
+transformers = pytest.importorskip("transformers", reason=WHY)
+safetensors = pytest.importorskip("safetensors.torch", reason="weights: pip install safetensors")
+tokenizers = pytest.importorskip("tokenizers", reason="text: pip install tokenizers")
+
+V, L, BOS = 50, 24, 1
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+KINDS = {  # what differs from a LLaMA with 4 heads of 8 channels for the queries, 2 for the keys
+    "llama": dict(),
+    "one head of keys": dict(num_key_value_heads=1),
+    "a head of keys for each": dict(num_key_value_heads=4),
+    "tied": dict(tie_word_embeddings=True),
+    "slow turns": dict(rope_parameters=dict(rope_type="default", rope_theta=1e5)),
+    "llama 3": dict(rope_parameters=LLAMA3),
+    "wide heads": dict(head_dim=12),
+    "narrow heads": dict(head_dim=4),
+    "other eps": dict(rms_norm_eps=0.1),
+    "mistral": dict(kind="mistral", sliding_window=None),
+    "mistral, window as long as the text": dict(kind="mistral", sliding_window=64),
+    "qwen 2": dict(kind="qwen2"),
+    "qwen 3": dict(kind="qwen3", head_dim=8),
+}
+
+
+def random_model(kind="llama", **changes):
+    """Of transformers. With these weights its logits differ by whole units between the tokens."""
+    sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, vocab_size=V)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    sizes |= dict(bos_token_id=BOS, eos_token_id=None, pad_token_id=None)
+    config = transformers.AutoConfig.for_model(kind, **sizes | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, p in model.named_parameters():
+        scale = 1.0 if "embed" in name or "lm_head" in name else 0.3
+        torch.nn.init.normal_(p, mean=float("norm" in name), std=scale)
+    return model
+
+
+@torch.no_grad()
+def their_logits(model, x):
+    """What a model of transformers predicts each token of x (B, L) to be: (B, L, V)."""
+    return model(torch.nn.functional.pad(x[:, :-1], (1, 0), value=model.config.bos_token_id)).logits
+
+
+@torch.no_grad()
+def check_same(theirs, folder, **how):
+    mine = a3.A3.from_pretrained(folder, **how).eval()
+    assert {p.dtype for p in mine.parameters()} == {torch.float32}
+    x = torch.randint(V, (3, L), generator=torch.Generator().manual_seed(1))
+    want, got = their_logits(theirs, x), mine(x, a3.chunk_groups(*x.shape))
+    assert want.std(-1).min() > 1
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    return mine, x
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A model, and the folder it was saved to."""
+    folder, model = tmp_path_factory.mktemp("llama"), random_model()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+# ---- left to right it is the model ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_to_right_it_is_that_model(tmp_path, kind):
+    theirs = random_model(**KINDS[kind])
+    theirs.save_pretrained(tmp_path)
+    mine, x = check_same(theirs, tmp_path)
+    z = x.clone()
+    z[:, 5:] = mine.mask_id
+    got, at = mine.sample(z, temperature=0)  # by the cache
+    prompt = torch.nn.functional.pad(x[:, :5], (1, 0), value=BOS)
+    want = theirs.generate(prompt, do_sample=False, max_new_tokens=L - 5)
+    assert torch.equal(got, want[:, 1:])
+    assert at.tolist() == 3 * [5 * [-1] + list(range(L - 5))]
+
+
+@pytest.mark.parametrize("how", [dict(seq_len=L), dict(positions=False), dict(seq_len=L + 1)])
+def test_neither_window_nor_learned_positions_change_it(llama, how):
+    mine, _ = check_same(*llama, **how)
+    assert mine.config.seq_len == how.get("seq_len", 64)
+
+
+def test_weights_in_several_files(tmp_path):
+    theirs = random_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) >= 2
+    check_same(theirs, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["slow turns", "llama 3"])
+@pytest.mark.parametrize("word", ["type", "rope_type"])
+def test_older_form_of_the_config(tmp_path, kind, word):
+    """Once the base of the angles stood by itself, and what slows them beside it, if anything."""
+    theirs = random_model(**KINDS[kind])
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=None)
+    turn = rope.pop("rope_type")
+    if turn == "llama3":
+        config["rope_scaling"] = rope | {word: turn}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_same(theirs, tmp_path)
+
+
+def test_bfloat16_weights_become_float32(tmp_path):
+    random_model().bfloat16().save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    check_same(load(tmp_path, dtype=torch.float32).eval(), tmp_path)
+
+
+def test_a_model_without_bos_gets_a_start_token_of_its_own(tmp_path):
+    """As some Qwens need. Its embedding is random: there is no likelihood to compare."""
+    random_model(bos_token_id=None).save_pretrained(tmp_path)
+    mine = a3.A3.from_pretrained(tmp_path)
+    assert mine.start_id == V and len(mine.wte.weight) == V + 1
+    assert mine(torch.zeros(1, 3, dtype=torch.long), a3.chunk_groups(1, 3)).shape == (1, 3, V)
+
+
+def test_real_model():
+    """LLAMA_FOLDER=.. pytest: a model that was trained predicts a text as well as it always did."""
+    folder = os.environ.get("LLAMA_FOLDER")
+    if not folder:
+        pytest.skip("LLAMA_FOLDER does not name the folder of a pretrained LLaMA")
+    text = (
+        "The river rises in the mountains and flows for two hundred miles to the sea. Most of the "
+        "towns on its banks were built by people who came to trade in timber, salt and wool."
+    )
+    x = torch.from_numpy(HuggingFace.at(folder).encode(text).astype("int64"))[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    want = torch.nn.functional.cross_entropy(their_logits(theirs.eval(), x)[0], x[0]).item()
+    mine = a3.A3.from_pretrained(folder, x.shape[1]).eval()
+    assert mine.nelbo(x, size=0).item() / x.shape[1] == pytest.approx(want, abs=1e-3)
+    assert want < 4  # it knows English
+
+
+# ---- any order -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def any_order(llama):
+    return a3.A3.from_pretrained(llama[1], L, positions=False).double().eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_token_moves_only_predictions_after_it(any_order, size):
+    g = torch.Generator().manual_seed(2)
+    x, groups = torch.randint(V, (1, L), generator=g), a3.random_groups(1, L, size, g)
+    before = any_order(x, groups)
+    for i in range(L):
+        y = x.clone()
+        y[0, i] = (x[0, i] + 1) % V
+        moved = (any_order(y, groups) - before).abs().amax(-1)[0]  # (L,)
+        after = groups[0] > groups[0, i]
+        assert (moved[~after] < 1e-12).all()
+        assert (moved[after] > 1e-6).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["left", "confidence", "entropy", "margin", "random"])
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_ragged_rows_keep_what_is_given(any_order, by, per_step):
+    """And what the cache predicted is what one pass over the finished text predicts."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randint(V, (4, L), generator=g)
+    share = torch.tensor([[0.0], [0.2], [0.6], [1.0]])
+    given = torch.rand(4, L, generator=g) < share
+    z = torch.where(given, x, any_order.mask_id)
+    y, steps = any_order.sample(z, temperature=0, per_step=per_step, by=by, generator=g)
+    assert torch.equal(y[given], x[given]) and (y < V).all()
+    assert torch.equal(steps < 0, given)
+    assert torch.equal(any_order(y, steps).argmax(-1)[~given], y[~given])
+
+
+# ---- what does not fit ---------------------------------------------------------------------------
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, edit):
+    weights = safetensors.load_file(folder / "model.safetensors")
+    edit(weights)
+    safetensors.save_file(weights, folder / "model.safetensors")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def put(name, *shape):
+    return lambda f: edit_weights(f, lambda w: w.update({name: torch.zeros(shape)}))
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+MISTAKES = {
+    "no folder": (shutil.rmtree, "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "half a config": (lambda f: cut(f / "config.json"), "JSONDecodeError"),
+    "not an object": (lambda f: (f / "config.json").write_text("[1]"), "TypeError"),
+    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
+    "no sizes": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "KeyError"),
+    "another model": (lambda f: edit_config(f, model_type="gpt2"), "model_type gpt2 is not supp"),
+    "other angles": (
+        lambda f: edit_config(f, rope_parameters=dict(rope_type="yarn", rope_theta=1e4)),
+        "rope_type yarn is not supported",
+    ),
+    "other angles, older form": (
+        lambda f: edit_config(f, rope_scaling=dict(type="linear", factor=2), rope_parameters=None),
+        "rope_type linear is not supported",
+    ),
+    "sliding window": (
+        lambda f: edit_config(f, model_type="mistral", sliding_window=8),
+        "a sliding_window of 8, below 64 tokens, is not supported",
+    ),
+    "biases": (lambda f: edit_config(f, attention_bias=True), "attention_bias or mlp_bias is not"),
+    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act gelu is not supported"),
+    "impossible heads": (lambda f: edit_config(f, num_key_value_heads=3), "n_kv_head must divide"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "wrong size": (lambda f: edit_config(f, hidden_size=64), "not (50, 64)"),
+    "wrong number of rows": (put(Q, 40, 32), r"is (72, 32), not (64, 32)"),
+    "wrong number of columns": (put(Q, 32, 40), "RuntimeError"),
+    "no matrix": (put("model.norm.weight"), "RuntimeError"),
+    "more words": (lambda f: edit_config(f, vocab_size=60), "(50, 32)"),
+    "fewer words": (lambda f: edit_config(f, vocab_size=40), "(50, 32)"),
+    "a tensor missing": (lambda f: edit_weights(f, lambda w: w.pop(Q)), Q),
+    "a layer missing": (lambda f: edit_config(f, num_hidden_layers=3), "model.layers.2."),
+    "a layer too many": (lambda f: edit_config(f, num_hidden_layers=1), "no place for model.la"),
+    "biases that the config does not tell": (
+        put(Q.replace("weight", "bias"), 32),
+        "no place for model.layers.0.self_attn.q_proj.bias",
+    ),
+    "half the weights": (lambda f: cut(f / "model.safetensors"), "SafetensorError"),
+    "no safetensors": (lambda f: (f / "model.safetensors").write_text("x" * 99), "SafetensorError"),
+}
+
+
+def refusal(folder, *how, **changes):
+    """The message, which is a line."""
+    with pytest.raises(ValueError) as e:
+        a3.A3.from_pretrained(folder, *how, **changes)
+    assert "\n" not in str(e.value) and str(e.value).startswith(f"{folder} cannot be loaded: ")
+    return str(e.value)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_does_not_fit_is_one_line(llama, tmp_path, mistake):
+    shutil.copytree(llama[1], tmp_path / "model")
+    spoil, message = MISTAKES[mistake]
+    spoil(tmp_path / "model")
+    assert message in refusal(tmp_path / "model")
+
+
+@pytest.mark.parametrize("spoil,message", [(cut, "SafetensorError"), (Path.unlink, "No such file")])
+def test_one_of_several_files_is_cut_off_or_missing(tmp_path, spoil, message):
+    random_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    spoil(sorted(tmp_path.glob("model-*.safetensors"))[1])
+    assert message in refusal(tmp_path)
+
+
+def test_fields_that_there_are_not(llama):
+    assert "'width'" in refusal(llama[1], width=3)
+    assert "dropout must be" in refusal(llama[1], dropout=2.0)
+
+
+# ---- train_char.py and sample.py -----------------------------------------------------------------
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind. ",
+    "Wie schön leuchtet der Morgenstern — ganz früh um fünf!\n",
+    "  two spaces,\ttabs\n\nand empty lines  ",
+    "日本語のテキスト, 😀 and 👩‍👩‍👧‍👦, e\u0301.",
+)
+
+
+def byte_level():
+    """As GPT-2's and LLaMA 3's: a character may need several tokens."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    return t, dict(vocab_size=300, special_tokens=["<|end|>", "<s>"], initial_alphabet=alphabet)
+
+
+def word_pieces():
+    """As LLaMA 2's: a text begins with a space that is not shown, rare characters are bytes."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    n, d = tokenizers.normalizers, tokenizers.decoders
+    t.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
+    t.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "<|end|>", *(f"<0x{i:02X}>" for i in range(256))]
+    return t, dict(vocab_size=400, special_tokens=special, limit_alphabet=30)
+
+
+def trained(make):
+    t, how = make()
+    how = tokenizers.trainers.BpeTrainer(show_progress=False, **how)
+    t.train_from_iterator(TEXTS[:2], how)
+    return t
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A LLaMA in the folder model/ with its tokenizer, and a text.txt beside it."""
+    where = tmp_path_factory.mktemp("speaking")
+    t, folder = trained(byte_level), where / "model"
+    model = random_model(vocab_size=t.get_vocab_size(), bos_token_id=t.token_to_id("<s>"))
+    model.save_pretrained(folder)
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (where / "text.txt").write_text("".join(TEXTS[:2]) * 30, "utf-8")
+    return model, where
+
+
+def train(flags):
+    fixed = "--model a3 --data text.txt --data_dir tokens --device cpu --seq_len 16 --num_samples 0"
+    train_char.main(f"{fixed} --batch_size 4 {flags}".split())
+
+
+def log(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_from_a_folder_to_a_page(speaking, monkeypatch, capsys):
+    """Train, go on, fill gaps, and show it."""
+    monkeypatch.chdir(speaking[1])
+    train("--init_from model --max_iters 2")
+    train_char.main(["--resume", "--max_iters", "3", "--num_samples", "1", "--device", "cpu"])
+    assert log("out")[-1]["step"] == 3
+    sample.main(["--infill", "The quick _ fox — ___", "--device", "cpu"])
+    assert "The quick" in capsys.readouterr().out
+    sample.main(["--prompt", "schön 😀", "--html", "page.html", "--device", "cpu"])
+    assert "schön 😀" in capsys.readouterr().out
+    page = Path("page.html").read_text("utf-8")
+    assert "sch" in page and "<s>" not in page
+
+
+def test_training_begins_where_the_model_stands(speaking, monkeypatch):
+    model, where = speaking
+    monkeypatch.chdir(where)
+    train("--init_from model --max_iters 1 --learning_rate 1e-12 --out_dir still")
+    got = {row["kind"]: row["val"] for row in log("still") if "val" in row}
+    val = data.load("text.txt", "model", folder="tokens").val.astype("int64")
+    x = torch.from_numpy(val[: len(val) // 16 * 16]).view(-1, 16)
+    logits = their_logits(model, x)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).item()
+    assert got["exact, left to right"] == pytest.approx(want, abs=1e-3)
+    assert abs(got["exact, random order"] - want) > 0.1  # which it has not learned yet
+
+
+def test_a_vocabulary_with_room_for_more(speaking, monkeypatch, capsys):
+    """Qwen's embeddings have more rows than its tokenizer has tokens: a gap is no such row."""
+    model, where = speaking
+    monkeypatch.chdir(where)
+    shutil.copytree("model", "roomy", dirs_exist_ok=True)
+    random_model(vocab_size=model.config.vocab_size + 20).save_pretrained("roomy")
+    train("--init_from roomy --max_iters 1 --out_dir out_roomy")
+    sample.main(["--out_dir", "out_roomy", "--show", "order", "--infill", "The _ fox"])
+    digits = capsys.readouterr().out.splitlines()[-1]
+    assert "0" in digits
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "safetensors"])
+def test_a_missing_package_is_one_line(speaking, monkeypatch, package):
+    monkeypatch.chdir(speaking[1])
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=package) as e:
+        train(f"--init_from model --max_iters 1 --out_dir none --data_dir tokens_{package}")
+    assert "\n" not in str(e.value)
+    assert not Path("none/ckpt.pt").exists()
+
+
+def test_a_folder_that_does_not_fit_is_one_line(speaking, monkeypatch, tmp_path):
+    monkeypatch.chdir(speaking[1])
+    shutil.copytree("model", tmp_path / "model")
+    cut(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match="SafetensorError") as e:
+        train(f"--init_from {tmp_path / 'model'} --max_iters 1 --out_dir none")
+    assert "\n" not in str(e.value)
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[byte_level, word_pieces], ids=lambda make: make.__name__, scope="module")
+def tokenizer(request):
+    return HuggingFace([trained(request.param).to_str(), "<|end|>"])
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "", "a", " a", "\ufffd", "x\ufffd\ufffdy"])
+def test_pieces_join_to_the_text(tokenizer, text):
+    pieces = tokenizer.pieces(tokenizer.encode(text).tolist())
+    assert "".join(pieces) == text
+
+
+def test_pieces_stand_where_their_tokens_do(tokenizer):
+    """A cut between two words of the tokens is one between the pieces."""
+    ids, more = tokenizer.encode("The quick"), tokenizer.encode("The quick brown fox")
+    n, pieces = len(ids), tokenizer.pieces(more.tolist())
+    assert more[:n].tolist() == ids.tolist()
+    assert "".join(pieces[:n]) == "The quick" and len(pieces) == len(more)
+
+
+def test_pieces_of_any_tokens_join_to_what_they_say(tokenizer):
+    """A model may write what is no text. (With bytes for rare characters, one that fits to none
+    of its neighbours changes how all of them are read: what is shown cannot be taken back.)"""
+    g, bytewise = torch.Generator().manual_seed(4), tokenizer.bpe.token_to_id("<0x41>")
+    for _ in range(50):
+        ids = torch.randint(tokenizer.size, (20,), generator=g).tolist()
+        said = tokenizer.bpe.decode(ids, skip_special_tokens=False)
+        pieces = tokenizer.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert bytewise or "".join(pieces) == said
+
+
+def test_the_name_of_a_special_token_is_plain_text(tokenizer):
+    text = "before <|end|> after <s>"
+    ids = tokenizer.encode(text).tolist()
+    assert not {tokenizer.end, tokenizer.bpe.token_to_id("<s>")} & set(ids)
+    assert "".join(tokenizer.pieces(ids)) == text
+
+
+def test_documents_are_parted_by_the_end_token(tokenizer):
+    ids = tokenizer.encode_all([(False, "one"), (True, "two"), (False, " three")])
+    assert ids.tolist().count(tokenizer.end) == 1
+    parts = [tokenizer.encode(t).tolist() for t in ("one", "two", " three")]
+    assert ids.tolist() == [*parts[0], tokenizer.end, *parts[1], *parts[2]]
+
+
+def test_a_tokenizer_does_not_cut_a_text(tokenizer):
+    """tokenizer.json may say so, as it was fitted for something else."""
+    t = tokenizers.Tokenizer.from_str(tokenizer.state["vocab"][0])
+    t.enable_truncation(4)
+    t.enable_padding(length=400)
+    ids = HuggingFace([t.to_str(), None]).encode(TEXTS[0])
+    assert ids.tolist() == tokenizer.encode(TEXTS[0]).tolist()
+
+
+@pytest.mark.parametrize("vocab", [None, ["{}", None], ["", "<s>"], ["[]"], 3])
+def test_a_damaged_tokenizer_is_one_line(vocab):
+    with pytest.raises(UserError, match=r"the tokenizer\.json is damaged") as e:
+        HuggingFace(vocab)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_the_tokenizer_is_one_line(speaking, tmp_path, name):
+    shutil.copytree(speaking[1] / "model", tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(UserError) as e:
+        HuggingFace.at(tmp_path)
+    assert "\n" not in str(e.value)
