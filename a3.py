@@ -115,7 +115,7 @@ def who_sees(keys, content, queries):
 
 # ---- the network: LLaMA's blocks, read twice -----------------------------------------------------
 def rotary_tables(pos, config):
-    """cos and sin (B, 1, T, head_dim) of the angles of each pair of channels at pos (B, T)."""
+    """cos and sin (B, 1, T, head_dim) for rotate() at pos (B, T), sin with its sign."""
     j = torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim
     f, how = config.rope_base**-j, config.rope_scaling  # radians per position (head_dim / 2,)
     if how:  # LLaMA 3: slow turns get slower by the factor, fast ones stay, in between is a ramp
@@ -123,8 +123,8 @@ def rotary_tables(pos, config):
         low, high = how["low_freq_factor"], how["high_freq_factor"]
         ramp = ((turns - low) / (high - low)).clamp(0, 1)
         f = f * (ramp + (1 - ramp) / how["factor"])
-    angle = pos[:, None, :, None] * f  # (B, 1, T, head_dim / 2)
-    return angle.cos().repeat(1, 1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
+    angle = pos[:, None, :, None] * torch.cat((-f, f))  # (B, 1, T, head_dim)
+    return angle.cos(), angle.sin()
 
 
 def rotate(q, cos, sin):
@@ -157,18 +157,19 @@ class Block(nn.Module):
             F.linear(h, self.qkv.weight[rows], bias).unflatten(-1, (-1, head_dim)).transpose(1, 2)
         )
 
-    def keys_values(self, h, rotary):
-        """What others look at: content h (B, n, C) -> k, v (B, n_kv_head, n, head_dim)."""
-        k, v = self.heads(self.norm1(h), slice(self.proj.in_features, None)).chunk(2, dim=1)
+    def keys_values(self, u, rotary):
+        """What others look at, for content u (B, n, C): k, v (B, n_kv_head, n, head_dim)."""
+        k, v = self.heads(u, slice(self.proj.in_features, None)).chunk(2, dim=1)
         return rotate(self.k_norm(k), *rotary), v
 
-    def forward(self, h, k, v, rotary, sizes, masks):
-        """h (B, T, C): streams of these sizes side by side, as they share every matrix product.
-        Each looks at k and v by a mask of its own, see who_sees(). Returns (B, T, C)."""
+    def forward(self, h, u, k, v, rotary, sizes, masks):
+        """h and u = norm1(h) (B, T, C): streams of these sizes side by side, as they share all
+        matrices. Each looks at k and v by a mask of its own, see who_sees(). Returns (B, T, C)."""
         drop = self.dropout if self.training else 0.0
-        q = self.heads(self.norm1(h), slice(0, self.proj.in_features))
+        q = self.heads(u, slice(0, self.proj.in_features))
         q = rotate(self.q_norm(q), *rotary)  # (B, n_head, T, head_dim)
-        k, v = (t.repeat_interleave(self.n_head // t.shape[1], dim=1) for t in (k, v))
+        if self.n_kv_head < self.n_head:
+            k, v = (t.repeat_interleave(self.n_head // t.shape[1], dim=1) for t in (k, v))
         y = [  # (B, n_head, n, head_dim) each
             F.scaled_dot_product_attention(rows, k, v, dropout_p=drop, **sees)
             for rows, sees in zip(q.split(sizes, dim=2), masks, strict=True)
@@ -224,7 +225,7 @@ class A3(nn.Module):
         """Both streams through all layers: content of tokens (B, n) in their slots (B, n), queries
         for positions (B, m) and what is left of them (B, m). sees: see who_sees(), for the keys of
         these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
-        n, m = slots.shape[1], positions.shape[1]
+        n, m = sizes = slots.shape[1], positions.shape[1]
         queries = torch.where((left < 0)[..., None], self.query, self.wte(left.clamp(min=0)))
         h = torch.cat((self.wte(tokens), queries), dim=1)  # (B, n + m, C)
         place = torch.cat((slots, positions), dim=1)  # token i - 1, on the left of i, is in slot i
@@ -232,14 +233,15 @@ class A3(nn.Module):
             h = h + self.wpe(place.clamp(max=self.config.seq_len - 1))
         h = F.dropout(h, self.config.dropout, self.training)
         cos, sin = rotary_tables(place, self.config)
-        sizes = (n, m)
         for layer, block in enumerate(self.blocks):
-            k, v = block.keys_values(h[:, :n], (cos[:, :, :n], sin[:, :, :n]))
+            u = block.norm1(h)
+            k, v = block.keys_values(u[:, :n], (cos[:, :, :n], sin[:, :, :n]))
             if cache is not None:
                 k, v = remember(cache, layer, k, v)
             if layer == self.config.n_layer - 1:  # nobody reads the content any more
-                h, cos, sin, sizes, sees = h[:, n:], cos[:, :, n:], sin[:, :, n:], (m,), sees[1:]
-            h = block(h, k, v, (cos, sin), sizes, sees)
+                h, u, cos, sin = h[:, n:], u[:, n:], cos[:, :, n:], sin[:, :, n:]
+                sizes, sees = (m,), sees[1:]
+            h = block(h, u, k, v, (cos, sin), sizes, sees)
         return self.norm(h)
 
     def logits(self, h):
@@ -346,8 +348,7 @@ class A3(nn.Module):
             rank.scatter_(1, at, torch.where(asked, step, rank.gather(1, at)))
 
     def generate(self, x, groups, temperature=1.0, top_k=None, generator=None):
-        """Fill the positions of x (B, L) with groups (B, L) >= 0, one call of the network a group:
-        an exact draw from p(x | given) at temperature 1. Returns x (B, L)."""
+        """Fill the positions of x (B, L) with groups >= 0, a group a call, from p(x | given)."""
         return self.decode(x, groups, x.shape[-1], "confidence", temperature, top_k, generator)[0]
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="left", generator=None):
@@ -501,8 +502,7 @@ class Curriculum:
     def __post_init__(self):
         if self.total_steps < 1 or self.group_size < 1:
             raise ValueError("total_steps and group_size must be at least 1")
-        good = len(self.shares) == 3 and min(self.shares) >= 0 and abs(sum(self.shares) - 1) <= 1e-6
-        if not good:
+        if len(self.shares) != 3 or min(self.shares) < 0 or not abs(sum(self.shares) - 1) < 1e-6:
             raise ValueError(f"shares must be three numbers >= 0 that sum to 1, not {self.shares}")
 
     def stage(self, step):

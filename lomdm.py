@@ -215,10 +215,11 @@ def uniform(h, rotary, sees, L):
 
 # ---- the network: LLaMA's blocks -----------------------------------------------------------------
 def rotary_tables(pos, head_dim):
-    """cos and sin (T, head_dim) of the angles pos / 10000^(2 j / head_dim), pos (T,)."""
+    """cos and sin (T, head_dim) for rotate() at positions pos (T,), sin with its sign."""
     j = torch.arange(0, head_dim, 2, device=pos.device)
-    angle = pos[:, None] * 1e4 ** (-j / head_dim)  # (T, head_dim / 2)
-    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
+    f = 1e4 ** (-j / head_dim)  # radians per position
+    angle = pos[:, None] * torch.cat((-f, f))  # (T, head_dim)
+    return angle.cos(), angle.sin()
 
 
 def rotate(q, cos, sin):

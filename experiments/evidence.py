@@ -251,6 +251,13 @@ def passage(a):
 
 
 # ---- sampling ------------------------------------------------------------------------------------
+def without_order(model):
+    """The same network in a uniformly random order."""
+    blind = lomdm.LoMDM(replace(model.config, learn_order=False)).to(model.wte.weight.device)
+    blind.load_state_dict(model.state_dict(), strict=False)  # all but the two heads
+    return blind.eval()
+
+
 def samples(a):
     """Texts drawn in the learned order and in a uniformly random one, by tokens a call: their cost
     under the model's own bound and under an ARM, and the entropy of their characters."""
@@ -266,10 +273,9 @@ def samples(a):
             other = judge.ckpt["tokenizer"] != run.ckpt["tokenizer"]
             refuse(other, f"--judge {a.judge} has another vocabulary than {run.name}")
             refuse(judge.val.shape[1] < L, f"--judge {a.judge} has a window of less than {L}")
-        blind = lomdm.LoMDM(replace(m.config, learn_order=False)).to(a.device).eval()
-        blind.load_state_dict(m.state_dict(), strict=False)  # all but the two heads
+        orders = {"learned": m} if m.config.learn_order else {}
+        orders["uniform"] = without_order(m)
         z = torch.full((a.samples, L), m.mask_id, device=a.device)
-        orders = {"learned": m, "uniform": blind} if m.config.learn_order else {"uniform": blind}
         for how, n in [("(text)", 0), *itertools.product(orders, (1, 2, 4, 8, 16))]:
             g = torch.Generator(a.device).manual_seed(3)
             x = run.val[:: max(1, N // a.samples)][: a.samples]  # real text

@@ -594,11 +594,11 @@ def test_both_streams_are_the_arm(L, monkeypatch):
         block.register_forward_pre_hook(lambda block, args: inputs["arm"].append(args[0]))
     for block in model.blocks:
         block.register_forward_pre_hook(lambda block, args: inputs["both"].append(args[0]))
-        spy(monkeypatch, block, "keys_values", lambda kv, h, rotary: inputs["content"].append(h))
+        spy(monkeypatch, block, "keys_values", lambda kv, u, rotary: inputs["content"].append(u))
     arm.log_probs(x), model(x, chunk_groups(len(x), L))
     assert [len(h) for h in inputs.values()] == [3, 3, 3]
-    for h_arm, content, both in zip(*inputs.values(), strict=True):
-        torch.testing.assert_close(content, h_arm, rtol=0, atol=1e-12)
+    for block, h_arm, content, both in zip(arm.blocks, *inputs.values(), strict=True):
+        torch.testing.assert_close(content, block.norm1(h_arm), rtol=0, atol=1e-12)
         for half in both.split(L, dim=1):
             torch.testing.assert_close(half, h_arm, rtol=0, atol=1e-12)
     for name, p in arm.state_dict().items():

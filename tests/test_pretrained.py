@@ -384,7 +384,7 @@ def test_a_vocabulary_with_room_for_more(speaking, monkeypatch, capsys):
     shutil.copytree("model", "roomy", dirs_exist_ok=True)
     random_model(vocab_size=model.config.vocab_size + 20).save_pretrained("roomy")
     train("--init_from roomy --max_iters 1 --out_dir out_roomy")
-    sample.main(["--out_dir", "out_roomy", "--show", "order", "--infill", "The _ fox"])
+    sample.main(["--out_dir", "out_roomy", "--show", "order", "--infill", "The ____ fox"])
     digits = capsys.readouterr().out.splitlines()[-1]
     assert "0" in digits
 
