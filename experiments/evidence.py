@@ -6,6 +6,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence bounds runs/lomdm runs/mdm           both bounds, differences
     python -m experiments.evidence order runs/lomdm --svg order.svg     weights by character class
     python -m experiments.evidence passage runs/lomdm --svg p.svg       a text coloured by weights
+    python -m experiments.evidence strips runs/mdm runs/lomdm           one text being written
     python -m experiments.evidence fraction runs/* --svg f.svg          cost by share revealed
     python -m experiments.evidence variance runs/lomdm                  orders against times
     python -m experiments.evidence samples runs/lomdm --judge runs/arm  orders while sampling
@@ -140,9 +141,9 @@ def bounds(a):
         require_lomdm(run)
     found = [(run, bounds_of(run)) for run in runs]
     for (one, nats), (other, less) in itertools.combinations(found, 2):
-        same = one.sha256 == other.sha256 and one.val.shape == other.val.shape
-        mean, error = mean_error(nats - less) if same else (0, 0)
-        what = f"{mean:+.4f} ± {error:.4f}" if same else "not on the same windows, no difference"
+        what = "not on the same windows, no difference"
+        if one.sha256 == other.sha256 and one.val.shape == other.val.shape:
+            what = "{:+.4f} ± {:.4f}".format(*mean_error(nats - less))
         print(f"{one.name} - {other.name}: {what}")
 
 
@@ -250,6 +251,26 @@ def passage(a):
         pictures.write(a.svg, pictures.svg(passages))
 
 
+def strips(a):
+    """One text as each model would have it written, when 3/8 and 5/8 of it are revealed: by a race
+    with its own weights w, block after block."""
+    generator = torch.Generator(a.device).manual_seed(a.seed)
+    for out_dir in a.out_dirs:
+        run = load(out_dir, a)
+        require_lomdm(run)
+        L, K = run.val.shape[1], run.model.config.block_len
+        refuse(len(a.text) < L, f"--text: at least {L} characters, the window of {run.name}")
+        x = torch.from_numpy(run.tokenizer.encode(a.text[:L]).astype("int64"))[None].to(a.device)
+        with torch.no_grad():
+            w = run.model.order_weights(x).view(-1, K)  # (n, K)
+        ranking = lomdm.race(w, generator).argsort(-1)  # (n, K): when each position arrives
+        when = (ranking + K * torch.arange(L // K, device=a.device)[:, None]).flatten()
+        shown = ["".join(c if at < k else "·" for c, at in zip(a.text, when, strict=False))
+                 for k in (3 * L // 8, 5 * L // 8)]  # fmt: skip
+        print(f"{os.path.basename(run.name):8}{shown[0]}")
+        print(f"{'':8}{shown[1]}")
+
+
 # ---- sampling ------------------------------------------------------------------------------------
 def without_order(model):
     """The same network in a uniformly random order."""
@@ -327,6 +348,10 @@ FLAGS = {
     "judge": dict(help="out_dir of an ARM that reads the samples"),
     "samples": dict(type=int, default=256, help="texts to draw [256]"),
     "draws": dict(type=int, default=100, help="gradients to take [100]"),
+    "text": dict(
+        default="To be, or not to be, that is the question: whether 'tis nobler in the mind"
+    ),
+    "seed": dict(type=int, default=1, help="of the races [1]"),
     "windows": dict(type=int, help="of validation, evenly spread; by default all"),
     "device": dict(default="cpu", help="[cpu]"),
     "data_dir": dict(help="as in train_char.py"),
@@ -338,6 +363,7 @@ COMMANDS = {  # what each takes besides out_dirs
     bounds: OF_MODELS,
     order: ("svg", *OF_MODELS),
     passage: ("svg", *OF_MODELS),
+    strips: ("text", "seed", *OF_MODELS),
     fraction: ("svg", *OF_MODELS),
     variance: ("draws", *OF_MODELS),
     samples: ("judge", "samples", *OF_MODELS),

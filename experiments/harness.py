@@ -220,20 +220,20 @@ def evaluate(a, scorer):
 
 # ---- stories -------------------------------------------------------------------------------------
 def read_stories(path, limit):
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--stories {path}: cannot read it ({e})") from None
+    """[five sentences]"""
     found = []
-    for number, line in enumerate(lines[:limit], 1):
-        try:
+    try:
+        for line in Path(path).read_text("utf-8").splitlines()[:limit]:
             story = json.loads(line)
             story = story.get("sentences") or [story[f"sentence{i}"] for i in range(1, 6)]
-            good = len(story) == 5 and all(isinstance(s, str) and s.strip() for s in story)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            good = False
-        refuse(not good, f"{path}, line {number}: not a story of five sentences")
-        found.append([sentence.strip() for sentence in story])
+            story = [sentence.strip() for sentence in story]
+            if len(story) != 5 or not all(story):
+                raise ValueError
+            found.append(story)
+    except OSError as e:
+        raise UserError(f"--stories {path}: cannot read it ({e})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}, line {len(found) + 1}: not a story of five sentences") from None
     refuse(not found, f"{path} has no stories")
     return found
 
@@ -257,6 +257,8 @@ def stories(a, scorer):
     for s1, s2, s3, s4, s5 in read_stories(a.stories, a.limit):
         texts = f"{s1} {s2}", f" {s3}", f" {s4} {s5}"
         before, middle, after = map(scorer.encode, texts)
+        room = max(0, scorer.window - len(middle))
+        after = after[: max(room // 2, room - len(before))]  # half of it, if both are long
         x, gap = scorer.place(scorer.fit(before, len(middle + after)), middle, after)
         nats, z = story_cost(scorer, x, gap), x.masked_fill(gap, scorer.model.mask_id)
         y, _ = scorer.model.sample(z[None], a.temperature, generator=scorer.g, **scorer.how)
