@@ -60,7 +60,7 @@ def train_groups(s, step, x):
     return curriculum(step, *x.shape, device=x.device), curriculum.stage(step)[1] == 1
 
 
-SIZES = ("seq_len", "n_layer", "n_head", "n_embd")
+SIZES, ORDERED = ("seq_len", "n_layer", "n_head", "n_embd"), "lomdm lomdm-by-time"
 BOUND, ORDER = dict(bound=bound), ("block_len", "weights", "c1", "c2")
 MODELS = {  # class; what its Config has fixed, and from flags; figures, the first finds the best
     "arm": ("lomdm.LoMDM", dict(block_len=1), (), dict(exact=bound)),
@@ -104,10 +104,10 @@ class Settings:
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
     dropout: float | None = flag(None, "0 on CPU, 0.2 on CUDA")
-    block_len: int | None = flag(None, "of a block [block: 16]", least=1, only="block lomdm")
-    weights: str = flag("normsig", "or exp", ("normsig", "exp"), only="lomdm lomdm-by-time")
-    c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only="lomdm lomdm-by-time")
-    c2: float = flag(0.65, "0 keeps the order uniform", only="lomdm lomdm-by-time")
+    block_len: int | None = flag(None, "of a block [block: 16]", least=1, only="block " + ORDERED)
+    weights: str = flag("normsig", "or exp", ("normsig", "exp"), only=ORDERED)
+    c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only=ORDERED)
+    c2: float = flag(0.65, "0 keeps the order uniform", only=ORDERED)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
@@ -161,9 +161,9 @@ def settle(s, device, like=None):
 
 
 # ---- batches, learning rate, validation ----------------------------------------------------------
-def windows(text, starts, s, device):
-    x = text[np.asarray(starts)[:, None] + np.arange(s.seq_len)].astype(np.int64)
-    return torch.from_numpy(x).to(device)  # (len(starts), seq_len)
+def windows(text, starts, L, device):
+    x = text[np.asarray(starts)[:, None] + np.arange(L)].astype(np.int64)
+    return torch.from_numpy(x).to(device)  # (len(starts), L)
 
 
 def get_batch(s, text, step, m, device):
@@ -171,7 +171,7 @@ def get_batch(s, text, step, m, device):
     seed = np.random.SeedSequence((s.seed, step, m + 1)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))  # m + 1, as SeedSequence ignores zeros at the end
     starts = torch.randint(len(text) - s.seq_len + 1, (s.batch_size,))
-    return windows(text, starts, s, device)
+    return windows(text, starts, s.seq_len, device)
 
 
 def get_lr(step, s):
@@ -189,10 +189,10 @@ def estimate_loss(model, val, s, device):
     found, whole = [], len(val) // s.seq_len
     n, rows = min(whole, s.eval_windows), max(1, 2**14 // s.seq_len)  # 16k tokens a pass
     starts = np.arange(n) * whole // n * s.seq_len
-    for figure, nats_of in MODELS[s.model][3].items():
+    for figure, f in MODELS[s.model][3].items():
         generator, nats = torch.Generator(device).manual_seed(1), []
         for some in np.split(starts, range(rows, n, rows)):
-            nats.append(nats_of(model, windows(val, some, s, device), s.eval_draws, generator))
+            nats.append(f(model, windows(val, some, s.seq_len, device), s.eval_draws, generator))
         per_token = torch.cat(nats).cpu().double() / s.seq_len  # (n,)
         error = per_token.std(correction=min(1, n - 1)) / math.sqrt(n)
         found.append((figure, per_token.mean().item(), error.item()))

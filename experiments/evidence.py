@@ -254,18 +254,20 @@ def passage(a):
 def strips(a):
     """One text as each model would have it written, when 3/8 and 5/8 of it are revealed: by a race
     with its own weights w, block after block."""
-    generator = torch.Generator(a.device).manual_seed(a.seed)
+    generator = torch.Generator(a.device).manual_seed(a.seed)  # another race for each of them
     for out_dir in a.out_dirs:
         run = load(out_dir, a)
         require_lomdm(run)
         L, K = run.val.shape[1], run.model.config.block_len
-        refuse(len(a.text) < L, f"--text: at least {L} characters, the window of {run.name}")
-        x = torch.from_numpy(run.tokenizer.encode(a.text[:L]).astype("int64"))[None].to(a.device)
+        x = run.tokenizer.encode(a.text)[:L].astype("int64")
+        x = torch.from_numpy(x)[None].to(a.device)  # (1, L)
+        refuse(x.shape[1] < L, f"--text: at least {L} tokens, the window of {run.name}")
         with torch.no_grad():
             w = run.model.order_weights(x).view(-1, K)  # (n, K)
         ranking = lomdm.race(w, generator).argsort(-1)  # (n, K): when each position arrives
         when = (ranking + K * torch.arange(L // K, device=a.device)[:, None]).flatten()
-        shown = ["".join(c if at < k else "·" for c, at in zip(a.text, when, strict=False))
+        pieces = run.tokenizer.pieces(x[0].tolist())
+        shown = ["".join(c if at < k else "·" * len(c) for c, at in zip(pieces, when, strict=True))
                  for k in (3 * L // 8, 5 * L // 8)]  # fmt: skip
         print(f"{os.path.basename(run.name):8}{shown[0]}")
         print(f"{'':8}{shown[1]}")
@@ -349,7 +351,8 @@ FLAGS = {
     "samples": dict(type=int, default=256, help="texts to draw [256]"),
     "draws": dict(type=int, default=100, help="gradients to take [100]"),
     "text": dict(
-        default="To be, or not to be, that is the question: whether 'tis nobler in the mind"
+        default="To be, or not to be, that is the question: whether 'tis nobler in the mind",
+        help="to write, as long as a window at least [%(default)s]",
     ),
     "seed": dict(type=int, default=1, help="of the races [1]"),
     "windows": dict(type=int, help="of validation, evenly spread; by default all"),

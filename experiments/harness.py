@@ -289,7 +289,7 @@ FLAGS = {
 }
 
 
-def main(argv=None):
+def parse(argv):
     p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("folder", help="an out_dir of train_char.py, or a LLaMA")
     for name, how in FLAGS.items():
@@ -301,6 +301,11 @@ def main(argv=None):
             least = 0 if name in ("num_fewshot", "temperature") else 1
             cli.check_range(name, value, least, 2**20)
     refuse(bool(a.tasks) == bool(a.stories), "--tasks or --stories: one of the two")
+    return a
+
+
+def main(argv=None):
+    a = parse(argv)
     scorer = Scorer(a.folder, cli.pick_device(a.device), a.by, a.draws, a.batch_size)
     (evaluate if a.tasks else stories)(a, scorer)
 

@@ -34,7 +34,7 @@ class Run:
         whole = len(corpus.val) // self.model.config.seq_len
         n = min(whole, windows or whole)
         starts = np.arange(n) * whole // n * self.model.config.seq_len
-        self.val = train_char.windows(corpus.val, starts, self.model.config, device)
+        self.val = train_char.windows(corpus.val, starts, self.model.config.seq_len, device)
 
     def over_windows(self, f, *more):
         """f(model, x (B, L), generator, *more) -> (B, ..) for all windows: (N, ..)."""

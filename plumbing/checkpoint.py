@@ -226,6 +226,8 @@ def read_log(out):
 def resumable(saved, given, Settings):
     """The settings with which a run goes on: the saved ones, but for what may change."""
     out = given.get("out_dir", Settings.out_dir)
+    if saved.keys() != {f.name for f in fields(Settings)} or not isinstance(saved["device"], str):
+        raise UserError(f"the run in {out} has other settings than this version; train again")
     saved = dict(saved, out_dir=out)  # it may have been moved
     if "learning_rate" in given:
         saved["min_lr"] = None  # a tenth of the new one

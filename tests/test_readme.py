@@ -10,7 +10,7 @@ import pytest
 
 import sample
 import train_char
-from experiments import bench, evidence
+from experiments import bench, evidence, harness
 from plumbing import cli, data
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,7 @@ PARSE = {  # as a command calls it: file, parser
     "plumbing.data": ("plumbing/data.py", parser_of(data.Flags)),
     "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
     "experiments.evidence": ("experiments/evidence.py", evidence.parse),
+    "experiments.harness": ("experiments/harness.py", harness.parse),
 }
 DOCSTRINGS = [
     (ROOT / path).read_text("utf-8").split('"""')[1]
@@ -87,7 +88,7 @@ def test_flags_exist():
     """Flags that are named on their own, in `--flag value`."""
     settings = (train_char.Settings, sample.Settings, data.Flags, bench.Settings)
     known = {f"--{name}" for S in settings for name in S.__dataclass_fields__}
-    known |= {f"--{name}" for name in evidence.FLAGS}
+    known |= {f"--{name}" for name in (*evidence.FLAGS, *harness.FLAGS)}
     known |= {"--help", "--standalone", "--nproc_per_node"}  # torchrun's
     used = set(re.findall(r"(?<![\w-])--\w+", PROSE))
     assert used <= known, used - known
