@@ -117,7 +117,7 @@ class Settings:
     gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
     max_iters: int | None = flag(None, "steps", least=1, resume=True)
     learning_rate: float | None = flag(None, "the highest", least=1e-12, resume=True)
-    min_lr: float | None = flag(None, "the lowest [a tenth of that]", least=0, resume=True)
+    min_lr: float | None = flag(None, "[a tenth]", least=0, resume=True, follows="learning_rate")
     warmup_iters: int | None = flag(None, "linear, to the highest [a tenth, or 100]", least=0)
     lr_decay_iters: int | None = flag(None, "end of cosine [max_iters]", least=1, resume=True)
     weight_decay: float = flag(0.1, "of matrices", least=0)
@@ -129,8 +129,8 @@ class Settings:
     eval_windows: int = flag(2000, "to validate on, evenly spread", least=1)
     eval_draws: int = flag(1, "orders for each of them", least=1)
     log_interval: int = flag(10, "steps between lines in log.jsonl", least=1, resume=True)
-    dtype: str | None = flag(None, "of the forward pass", ("float32", "bfloat16"), resume=True)
-    compile: bool | None = flag(None, "torch.compile the loss", resume=True)
+    dtype: str | None = flag(None, "", ("float32", "bfloat16"), resume=True, follows="device")
+    compile: bool | None = flag(None, "torch.compile the loss", resume=True, follows="device")
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
 

@@ -226,14 +226,14 @@ def read_log(out):
 def resumable(saved, given, Settings):
     """The settings with which a run goes on: the saved ones, but for what may change."""
     out = given.get("out_dir", Settings.out_dir)
-    if saved.keys() != {f.name for f in fields(Settings)} or not isinstance(saved["device"], str):
+    if saved.keys() != {f.name for f in fields(Settings)}:
         raise UserError(f"the run in {out} has other settings than this version; train again")
-    saved = dict(saved, out_dir=out)  # it may have been moved
-    if "learning_rate" in given:
-        saved["min_lr"] = None  # a tenth of the new one
-    if given.get("device", saved["device"]).split(":")[0] != saved["device"].split(":")[0]:
-        saved["dtype"] = saved["compile"] = None  # as the new device has it
+    before, saved = saved, dict(saved, out_dir=out)  # it may have been moved
     for f in fields(Settings):
+        above = f.metadata["follows"]
+        # cuda:1 is no other device than cuda:0
+        if above in given and str(given[above]).split(":")[0] != str(before[above]).split(":")[0]:
+            saved[f.name] = None
         if f.name not in given or f.metadata["resume"]:
             continue
         had = saved.get(f.name)

@@ -121,10 +121,13 @@ def leave(line, code):
 # ---- flags ---------------------------------------------------------------------------------------
 
 
-def flag(default, help, choices=None, least=None, below=None, only=None, resume=False):
+def flag(
+    default, help, choices=None, least=None, below=None, only=None, resume=False, follows=None
+):
     """A field that is a flag. least <= value < below; only: the models that it is for, "a b";
-    resume: whether it may change when a run goes on."""
-    rules = dict(least=least, below=below, only=only, resume=resume)
+    resume: whether it may change when a run goes on; follows: the flag that it is settled by anew
+    when that one changes."""
+    rules = dict(least=least, below=below, only=only, resume=resume, follows=follows)
     return field(default=default, metadata=dict(help=help, choices=choices, **rules))
 
 

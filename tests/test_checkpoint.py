@@ -250,13 +250,20 @@ class Settings:
     max_iters: int | None = flag(None, "", resume=True)
     n_layer: int = flag(1, "")
     tokenizer: str | None = flag(None, "")
+    device: str | None = flag(None, "", resume=True)
+    dtype: str | None = flag(None, "", resume=True, follows="device")
 
 
 def test_what_may_change():
-    saved = dict(out_dir="old", max_iters=5, n_layer=1, tokenizer="char")
-    given = dict(out_dir="good", max_iters=9, n_layer=1, tokenizer="char")
+    same = dict(n_layer=1, tokenizer="char", device="cuda:0", dtype="bfloat16")
+    saved = dict(out_dir="old", max_iters=5, **same)
+    given = dict(out_dir="good", max_iters=9, **same)
     assert checkpoint.resumable(saved, given, Settings) == given
-    assert checkpoint.resumable(saved, {}, Settings) == saved
+    assert checkpoint.resumable(saved, {}, Settings) == saved | dict(out_dir="out")  # it was moved
+    for device, dtype in [("cuda:1", "bfloat16"), ("cpu", None)]:
+        assert checkpoint.resumable(saved, dict(device=device), Settings)["dtype"] == dtype
+    with pytest.raises(UserError, match="the run in out has other settings than this version"):
+        checkpoint.resumable(saved | dict(more=1), {}, Settings)
     with pytest.raises(UserError, match="--n_layer 2 is not what the run in out has .1.; leave it"):
         checkpoint.resumable(saved, dict(n_layer=2), Settings)
     with pytest.raises(UserError, match="--tokenizer gpt2 is not what the run in good has .none."):
