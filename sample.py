@@ -37,9 +37,9 @@ class Settings:
     device: str | None = flag(None, "cpu, cuda or mps [the best there is]")
 
 
-def template(prompt, infill, tokenizer, seq_len):
-    """What is given and what is to be filled, (1, seq_len) long with tokenizer.size for [MASK], and
-    how much of it to print.
+def template(prompt, infill, tokenizer, seq_len, mask_id):
+    """What is given and what is to be filled, (1, seq_len) long with mask_id for [MASK], and how
+    much of it to print.
 
     A short text is followed by [MASK]s up to seq_len, as a diffusion model has only seen windows of
     that length. They get filled too: the gaps are drawn as if the text went on in every possible
@@ -50,11 +50,11 @@ def template(prompt, infill, tokenizer, seq_len):
         refuse(len(parts) == 1, "--infill needs a gap: one _ for each token to fill in")
     ids = tokenizer.encode(parts[0]).tolist()
     for part in parts[1:]:
-        ids += [tokenizer.size, *tokenizer.encode(part).tolist()]
+        ids += [mask_id, *tokenizer.encode(part).tolist()]
     refuse(len(ids) > seq_len, f"the text has {len(ids)} tokens, the model's window {seq_len}")
     full = infill is None and len(ids) == seq_len
     refuse(full, f"the prompt fills the model's window of {seq_len}: nothing left to write")
-    z = torch.full((1, seq_len), tokenizer.size)
+    z = torch.full((1, seq_len), mask_id)
     z[0, : len(ids)] = torch.tensor(ids, dtype=torch.long)
     return z, seq_len if infill is None else len(ids)
 
@@ -66,7 +66,7 @@ def main(argv=None):
     device = cli.pick_device(s.device)
     ckpt, model = checkpoint.load(Path(s.out_dir) / "ckpt.pt", make_model, device)
     tokenizer, name = tokenizer_of(**ckpt["tokenizer"]), ckpt["model_name"]
-    z, n = template(s.prompt, s.infill, tokenizer, model.config.seq_len)
+    z, n = template(s.prompt, s.infill, tokenizer, model.config.seq_len, model.mask_id)
     how = {}
     if name == "a3":
         z = z[:, :n]  # positions that are not decoded are not there: no [MASK]s needed

@@ -138,6 +138,8 @@ class HuggingFace:
         except Exception as e:  # tokenizers raises nothing more special
             raise UserError(f"the tokenizer.json is damaged ({str(e)[:60]})") from None
         self.bpe.encode_special_tokens = True  # what looks like one is plain text
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
         self.size = self.bpe.get_vocab_size()
         self.state = dict(kind=self.kind, vocab=[text, end])
         self.dtype = dtype_of(self.size)
@@ -169,13 +171,17 @@ class HuggingFace:
     def pieces(self, ids):
         """The text of each token: by what it adds to that of the few before it, as a character may
         need several tokens, and a word may begin with a space that is not in its token."""
-        pieces, start, shown = [], 0, ""
-        for i in range(len(ids)):
-            text = self.bpe.decode(ids[start : i + 1], skip_special_tokens=False)
-            whole = not text.endswith("\ufffd") or i + 1 == len(ids)
-            pieces.append(text[len(shown) :] if whole else "")
-            if whole:
-                start, shown = i, self.bpe.decode(ids[i : i + 1], skip_special_tokens=False)
+        say = lambda a, b: self.bpe.decode(ids[a:b], skip_special_tokens=False)  # noqa: E731
+        pieces, before, shown = (
+            [],
+            0,
+            0,
+        )  # tokens 0 .. shown - 1 are; decode from a whole one before
+        for i in range(1, len(ids) + 1):
+            text = say(before, i)
+            whole = not text.endswith("\ufffd") or i == len(ids)
+            pieces.append(text[len(say(before, shown)) :] if whole else "")
+            before, shown = (shown, i) if whole else (before, shown)
         return pieces
 
 

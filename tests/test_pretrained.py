@@ -460,6 +460,15 @@ def test_documents_are_parted_by_the_end_token(tokenizer):
     assert ids.tolist() == [*parts[0], tokenizer.end, *parts[1], *parts[2]]
 
 
+@pytest.mark.parametrize("eos", ["<|end|>", {"content": "<|end|>"}, None])
+def test_the_end_token_is_the_one_that_the_folder_names(speaking, tmp_path, eos):
+    shutil.copy(speaking[1] / "model" / "tokenizer.json", tmp_path)
+    assert HuggingFace.at(tmp_path).end is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token=eos)))
+    end = HuggingFace.at(tmp_path).end
+    assert end == (HuggingFace.at(tmp_path).bpe.token_to_id("<|end|>") if eos else None)
+
+
 def test_a_tokenizer_does_not_cut_a_text(tokenizer):
     """tokenizer.json may say so, as it was fitted for something else."""
     t = tokenizers.Tokenizer.from_str(tokenizer.state["vocab"][0])

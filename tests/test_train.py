@@ -298,7 +298,10 @@ def test_without_network(work, monkeypatch, capsys):
         ("--n_head 3", "n_embd .16. must be divisible by n_head .3."),
         ("--model block --block_len 5", "seq_len .16. must be divisible by block_len .5."),
         ("--model block --block_len 16", "between 1, --model arm, and 16, --model mdm"),
-        ("--model arm --block_len 4", "--block_len is for --model block or lomdm, not arm"),
+        (
+            "--model arm --block_len 4",
+            "--block_len is for --model block or lomdm or lomdm.*, not arm",
+        ),
         ("--c1 0.5 --c2 0.6", "c1 .0.5. must be above c2 .0.6."),
         ("--model mdm --c2 0.1", "--c2 is for --model lomdm or lomdm-by-time, not mdm"),
         ("--model a3 --shares 1,1,1", "shares must be three numbers >= 0 that sum to 1"),
