@@ -226,8 +226,8 @@ class A3(nn.Module):
         for positions (B, m) and what is left of them (B, m). sees: see who_sees(), for the keys of
         these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
         n, m = sizes = slots.shape[1], positions.shape[1]
-        queries = torch.where((left < 0)[..., None], self.query, self.wte(left.clamp(min=0)))
-        h = torch.cat((self.wte(tokens), queries), dim=1)  # (B, n + m, C)
+        h = self.wte(torch.cat((tokens, left.clamp(min=0)), dim=1))  # (B, n + m, C)
+        h = torch.where(F.pad(left < 0, (n, 0))[..., None], self.query, h)
         place = torch.cat((slots, positions), dim=1)  # token i - 1, on the left of i, is in slot i
         if self.wpe is not None:
             h = h + self.wpe(place.clamp(max=self.config.seq_len - 1))
