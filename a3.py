@@ -398,8 +398,8 @@ class A3(nn.Module):
                 parts = [f"{where}{their}.{kind}" for their in LLAMA_PARTS.get(part, ())]
                 if parts:
                     rows = torch.cat([files.pop(their).get_tensor(their) for their in parts])
-                    fits = len(rows) in (len(p), model.config.vocab_size)
-                    if not fits or rows.shape[1:] != p.shape[1:]:
+                    n = model.config.vocab_size if part in ("wte", "lm_head") else len(p)
+                    if len(rows) != n or rows.shape[1:] != p.shape[1:]:
                         raise ValueError(f"{parts} is {tuple(rows.shape)}, not {tuple(p.shape)}")
                     p[: len(rows)] = rows
             spare = "rotary_emb.inv_freq", "lm_head.weight" if model.config.tied else "inv_freq"
