@@ -41,6 +41,14 @@ given tokens are read first, one by one from left to right, like a prompt. Every
 
 (6) Progressive adaptation. Start from an ARM, ours or a LLaMA, whose weights fit both streams, and
     go from one token left to right, over growing chunks, to random partitions. -> Curriculum
+
+(7) A learned order, as in LoMDM (arXiv:2602.02112), but on two streams, which score all steps of an
+    order in one pass: both papers in one, and in neither. An order is drawn from q, a race with
+    log-weights s(x) that see the text; the model guesses the next position from what is revealed:
+        p(x) = sum_order prod_k q_hat(order_k | x_{order_<k}) p(x_{order_k} | x_{order_<k})
+        -log p(x) <= E_q sum_k [ -log p(x_{order_k} | ..)                                      recon
+                                 + log q(order_k | ..) - log q_hat(order_k | ..) ]   -> order_loss()
+    With q and q_hat uniform it is (1) for random orders, with infinitely steep weights the ARM.
 """
 
 import json
@@ -74,6 +82,8 @@ class Config:
     positions: bool = True  # learned ones besides the rotary; without, see A3.__init__
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3
+    learn_order: bool = False  # (7)
+    explore: float = 0.05  # share of texts, see Order.explore()
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd"):
@@ -207,6 +217,7 @@ class A3(nn.Module):
             if p.ndim == 2 or name == "query":  # as GPT-2: residual branches keep their scale
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        self.order = Order(config) if config.learn_order else None
 
     def check(self, x, groups):
         if x.ndim != 2 or groups.shape != x.shape or groups.dtype != torch.long or not x.numel():
@@ -224,7 +235,8 @@ class A3(nn.Module):
     def streams(self, tokens, slots, left, positions, sees, cache=None):
         """Both streams through all layers: content of tokens (B, n) in their slots (B, n), queries
         for positions (B, m) and what is left of them (B, m). sees: see who_sees(), for the keys of
-        these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
+        these n or of all in the cache. Returns the queries' final states (B, m, n_embd), and the
+        content (B, n, n_embd) as the last layer reads it."""
         n, m = sizes = slots.shape[1], positions.shape[1]
         h = self.wte(torch.cat((tokens, left.clamp(min=0)), dim=1))  # (B, n + m, C)
         h = torch.where(F.pad(left < 0, (n, 0))[..., None], self.query, h)
@@ -239,10 +251,11 @@ class A3(nn.Module):
             if cache is not None:
                 k, v = remember(cache, layer, k, v)
             if layer == self.config.n_layer - 1:  # nobody reads the content any more
+                content = u[:, :n]
                 h, u, cos, sin = h[:, n:], u[:, n:], cos[:, :, n:], sin[:, :, n:]
                 sizes, sees = (m,), sees[1:]
             h = block(h, u, k, v, (cos, sin), sizes, sees)
-        return self.norm(h)
+        return self.norm(h), content
 
     def logits(self, h):
         """(..., n_embd) -> (..., V), float32 at least: bfloat16 is too coarse for likelihoods."""
@@ -250,8 +263,9 @@ class A3(nn.Module):
         return logits.to(torch.promote_types(self.wte.weight.dtype, torch.float32))
 
     def features(self, x, groups, single=None):
-        """(3) The final query states (B, L, n_embd), each in its place. single: whether every group
-        has one token; None finds out, for which a GPU has to stop."""
+        """(3) The final query states (B, L, n_embd), each in its place, and what the content knows
+        before each of them (B, L, n_embd), sorted. single: whether every group has one token; None
+        finds out, for which a GPU has to stop."""
         self.check(x, groups)
         L = x.shape[1]  # given tokens come first, and are read from left to right
         rank = torch.where(groups < 0, torch.arange(L, device=x.device) - L, groups)  # (B, L)
@@ -264,29 +278,36 @@ class A3(nn.Module):
             single = bool((rank[:, 1:] > rank[:, :-1]).all())
         content, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
         sees = (causal, causal) if single else who_sees(content, content, rank)
-        h = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
-        return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h))
+        h, content = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
+        return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h)), content
 
     def forward(self, x, groups):
         """Logits (B, L, V): what each position is predicted to be by the groups before its own."""
-        return self.logits(self.features(x, groups))
+        return self.logits(self.features(x, groups)[0])
 
     def log_prob(self, x, groups, single=None):
         """Equation (1), term by term: log p(x_i | earlier groups) (B, L) in nats, 0 at given
         tokens. A row's sum is the log-likelihood of what is predicted, given the given."""
-        h = self.features(x, groups, single)
+        h, _ = self.features(x, groups, single)
         return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
-    def loss(self, x, groups, single=None):
-        """Nats per predicted token, and a dict of detached metrics, as lomdm.py has it."""
+    def loss(self, x, groups=None, single=None):
+        """Nats per predicted token, and a dict of detached metrics, as lomdm.py has it. Without
+        groups: of the learned order, see order_loss()."""
+        if groups is None:
+            return self.order_loss(x)
         predicted = (groups >= 0).sum()
         loss = -self.log_prob(x, groups, single).sum() / predicted.clamp(min=1)
         return loss, {"nelbo": loss.detach()}
 
     @torch.no_grad()
-    def nelbo(self, x, n_draws=1, size=1, generator=None):
-        """-log p(x) (B,) in nats: the mean over n_draws random_groups(); size 0: left to right."""
+    def nelbo(self, x, n_draws=1, size=None, generator=None):
+        """-log p(x) (B,) in nats: the mean over n_draws random_groups() of this size; 0: left to
+        right. None: of the order that was learned, the bound (7), or if there is none, size 1."""
         B, L = x.shape
+        if size is None and self.order:
+            return self.order_nelbo(x, n_draws, generator)
+        size = 1 if size is None else size
         draws = [random_groups(B, L, size or 1, generator, x.device) for _ in range(n_draws)]
         draws = draws if size else [chunk_groups(B, L, 1, x.device)]
         return -sum(self.log_prob(x, groups).sum(1) for groups in draws) / len(draws)
@@ -307,23 +328,29 @@ class A3(nn.Module):
         """(4) One call of the cached network. Tokens (B, n) are committed in their slots (B, n), in
         groups of these ranks (B, n); L is for what nobody shall see. Then the positions where ask
         (B, L) bool is True are predicted from all that was ever committed; left (B, L): see
-        left_of(). Returns logits (B, m, V), their positions (B, m), whether asked: see pack()."""
+        left_of(). Returns logits (B, m, V), their positions (B, m), whether asked, see pack(), and
+        the content, see streams()."""
         positions, asked = pack(ask)  # (B, m)
         (seen,) = remember(cache, "rank", rank[:, None])  # (B, 1, S)
         sees = who_sees(seen[:, 0], rank, torch.full_like(rank[:, :1], ask.shape[1]))
-        h = self.streams(tokens, slots, left.gather(1, positions), positions, sees, cache)
-        return self.logits(h), positions, asked
+        left = left.gather(1, positions)
+        h, content = self.streams(tokens, slots, left, positions, sees, cache)
+        return self.logits(h), positions, asked, content
 
     # ---- decoding --------------------------------------------------------------------------------
     @torch.no_grad()
-    def decode(self, x, groups, per_step, by, temperature=1.0, top_k=None, generator=None):
+    def decode(
+        self, x, groups, per_step, by, temperature=1.0, top_k=None, generator=None, known=None
+    ):
         """(5) Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
-        of each the per_step positions at a time that `by` is surest of. Returns x and the step that
-        filled in each token, -1 if given, which are the groups for log_prob(x, steps)."""
+        of each the per_step positions at a time that `by` is surest of, or that q_hat draws, by
+        "order". Where known (B, L) is True the token is not drawn, but that of x. Returns x and the
+        step that filled in each token, -1 if given, which are the groups for log_prob(x, steps)."""
         self.check(x, groups)
         if not 0 <= temperature < math.inf or per_step < 1 or (top_k is not None and top_k < 1):
             raise ValueError("temperature must be >= 0, per_step >= 1 and top_k >= 1 (or None)")
-        x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
+        truth, x, L = x, x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
+        known = torch.zeros_like(groups, dtype=torch.bool) if known is None else known
         rank = torch.where(groups < 0, -1, L)  # the step that committed a token; L: open
         given, real = pack(groups < 0)  # (B, n)
         cache, slots = {}, F.pad(given + 1, (1, 0))
@@ -337,12 +364,18 @@ class A3(nn.Module):
             first = groups.masked_fill(~todo, torch.iinfo(torch.long).max).amin(1, keepdim=True)
             ask = todo & (groups == first)
             left = self.left_of(x, rank[:, :-1] < L)
-            logits, at, asked = self.step(cache, tokens, slots, ranks, left, ask)
-            score = certainty(logits, by, generator).masked_fill(~asked, -torch.inf)
+            logits, at, asked, content = self.step(cache, tokens, slots, ranks, left, ask)
+            if by == "order":  # any of the last group knows all there is to know
+                s_hat = self.order.guess(content[:, :1])[:, 0, :L]
+                score = torch.where(known, s_hat, perturb(s_hat, generator)).gather(1, at)
+            else:
+                score = certainty(logits, by, generator)  # (B, m)
+            score = score.masked_fill(~asked, -torch.inf)
             best = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
             at, asked = at.gather(1, best), asked.gather(1, best)  # (B, m), m <= per_step
             logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
             tokens, slots = draw(logits, temperature, top_k, generator), at + 1
+            tokens = torch.where(known.gather(1, at), truth.gather(1, at), tokens)
             ranks = torch.where(asked, step, L)
             x.scatter_(1, at, torch.where(asked, tokens, x.gather(1, at)))
             rank.scatter_(1, at, torch.where(asked, step, rank.gather(1, at)))
@@ -351,29 +384,110 @@ class A3(nn.Module):
         """Fill the positions of x (B, L) with groups >= 0, a group a call, from p(x | given)."""
         return self.decode(x, groups, x.shape[-1], "confidence", temperature, top_k, generator)[0]
 
-    def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="left", generator=None):
+    def sample(self, z, temperature=1.0, top_k=None, per_step=1, by=None, generator=None):
         """Fill the mask_id positions of z (B, L), per_step a call, as one group: by "left", or what
         the model is surest of when it predicts all that is open, by "confidence" (largest top
-        probability), "entropy" (smallest), "margin" (of the top two), or "random". Returns x and
-        revealed_at (B, L), the number of the call that filled a position, -1 if given."""
+        probability), "entropy" (smallest), "margin" (of the top two), or "random"; or by "order",
+        the default if one was learned: q_hat of (7) draws the position. Nothing given, one per_step
+        and "order": x is drawn from p(x). It reads given tokens one by one, too, whichever q_hat
+        finds likeliest; then rest and order are drawn from p(rest, order | given, read that way),
+        which is not p(rest | given). Returns x and revealed_at (B, L), the number of the call that
+        filled a position, -1 if given."""
+        by = by or ("order" if self.order else "left")
+        if by == "order" and not self.order:
+            raise ValueError("by 'order': this model has learned none")
         masked = z == self.mask_id
         place = masked.cumsum(1) - 1 if by == "left" else torch.zeros_like(z)
         groups = torch.where(masked, place // max(1, per_step), -1)
+        if by == "order":
+            groups += 1  # what is given is the first group, from which q_hat chooses
         rule = "confidence" if by == "left" else by  # a whole group at once: there is no choice
-        return self.decode(z, groups, per_step, rule, temperature, top_k, generator)
+        x, at = self.decode(z, groups, per_step, rule, temperature, top_k, generator, ~masked)
+        return x, at.masked_fill(~masked, -1)
+
+    # ---- the learned order -----------------------------------------------------------------------
+    def order_weights(self, x):
+        """(7) The log-weights s (B, L) of the race q, which see all of x (B, L): to train and to
+        validate, never to sample."""
+        slope, local, _ = self.order(self.whole_text(x))
+        return -(slope + local).cumsum(1)
+
+    def whole_text(self, x):
+        """The content (B, L, n_embd) if all of x (B, L) sees all of it. The order reads what the
+        network knows, but does not shape it: no gradient."""
+        slots = torch.arange(1, x.shape[1] + 1, device=x.device).expand_as(x)
+        with torch.no_grad():
+            return self.streams(x, slots, slots[:, :0], slots[:, :0], ({}, {}))[1]
+
+    def order_terms(self, x, order, s, noise=0.0):
+        """The parts of (7) for texts x, order and log-weights s, (B, L) each: -log p of each
+        position, log q_hat and log q of each step. order[:, k] is what step k reveals."""
+        h, content = self.features(x, order.argsort(dim=1), single=True)
+        nll = self.nll(h.flatten(0, 1), x.flatten()).view_as(x)
+        s_hat = self.order.guess(content, noise)[..., : x.shape[1]]  # (B, step, position)
+        s_hat = s_hat.gather(2, order[:, None].expand_as(s_hat))  # (B, step, step that reveals it)
+        ahead = torch.ones_like(s_hat[0], dtype=torch.bool).triu()
+        log_q_hat = s_hat.masked_fill(~ahead, -torch.inf).log_softmax(2).diagonal(dim1=1, dim2=2)
+        return nll, log_q_hat, log_race(s, order)
+
+    def order_log_probs(self, x, order):
+        """(7) log q_hat and log q (B, L) of each step of order (B, L), for texts x (B, L)."""
+        self.check(x, order)
+        return self.order_terms(x, order, self.order_weights(x))[1:]
+
+    def order_loss(self, x):
+        """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, plus terms
+        whose gradient counts and whose value means nothing. Returns the loss and a dict of detached
+        metrics; report metrics["nelbo"], the bound at the slopes that were tried.
+        Autograd cannot see how s changes the outcome of a race: REINFORCE. A choice answers for all
+        costs that come after it, less what a head that sees the text but not the order expects of
+        those tokens, and less what the other texts paid at those steps. For the slope, which turns
+        all choices at once, that is still mostly noise. So each text is read at a slope that is a
+        bit off, for q and q_hat alike, and the slope follows the texts that did better, by Stein's
+        lemma: d E f(slope + noise) / d slope = E f(slope + noise) noise / variance."""
+        self.check(x, x)
+        B, L = x.shape
+        slope, local, expected = self.order(self.whole_text(x))
+        noise, variance = self.order.explore(B)  # (B, 1) each
+        s = -(slope + local + noise).cumsum(1)
+        order = race(s.detach())  # (B, L)
+        nll, log_q_hat, log_q = self.order_terms(x, order, s, noise[..., None])
+        guess = log_q - log_q_hat
+        nelbo = (nll + guess).mean()
+
+        with torch.no_grad():
+            excess = (nll - expected).gather(1, order) + guess  # of each step
+            excess = (excess - excess.mean(0)) * B / max(1, B - 1)  # less the others' mean
+            to_come = excess.flip(1).cumsum(1).flip(1)
+        choices = log_race(-(slope.detach() + local + noise).cumsum(1), order)
+        stein = to_come[:, :1] * noise / variance * slope  # (B, 1)
+        reinforce = (to_come * choices).mean() + stein.mean() / L
+        loss = nelbo + reinforce + (nll.detach() - expected).square().mean()
+        metrics = dict(nelbo=nelbo, recon=nll.mean(), order=guess.mean(), slope=slope.mean())
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def order_nelbo(self, x, n_draws, generator):
+        """The bound (7) of each text (B,), nats: see nelbo()."""
+        s, total = self.order_weights(x), 0
+        for _ in range(n_draws):
+            nll, log_q_hat, log_q = self.order_terms(x, race(s, generator), s)
+            total = total + (nll + log_q - log_q_hat).sum(1)
+        return total / n_draws
 
     # ---- adaptation ------------------------------------------------------------------------------
     @torch.no_grad()
     def load_arm(self, state_dict):
         """(6) Become a trained ARM of lomdm.py, to rounding. New is only what a query begins as if
         its left neighbour is hidden: the mean embedding. ValueError for other names or shapes."""
-        mine = {name: tuple(p.shape) for name, p in self.state_dict().items() if name != "query"}
+        new = {name: p for name, p in self.state_dict().items() if name.startswith("order.")}
+        new["query"] = self.query
+        mine = {n: tuple(p.shape) for n, p in self.state_dict().items() if n not in new}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
         wrong = [name for name in {**mine, **got} if mine.get(name) != got.get(name)]
         if wrong:
             one = f"{wrong[0]} is {got.get(wrong[0])}, not {mine.get(wrong[0])}"
             raise ValueError(f"not an ARM of this size: {one}, and {len(wrong) - 1} more like that")
-        self.load_state_dict({**state_dict, "query": state_dict["wte.weight"].mean(0)})
+        self.load_state_dict({**new, **state_dict, "query": state_dict["wte.weight"].mean(0)})
 
     @classmethod
     @torch.no_grad()
@@ -394,7 +508,7 @@ class A3(nn.Module):
             files = {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
             for name, p in model.named_parameters():
                 *layer, part, kind = f".{name}".split(".")  # blocks 3 qkv weight, or norm weight
-                where = f"model.layers.{layer[2]}." if layer[1:] else ""
+                where = f"model.layers.{layer[2]}." if layer[2:] else ""
                 parts = [f"{where}{their}.{kind}" for their in LLAMA_PARTS.get(part, ())]
                 if parts:
                     rows = torch.cat([files.pop(their).get_tensor(their) for their in parts])
@@ -518,3 +632,65 @@ class Curriculum:
         stage, size = self.stage(step)
         random = random_groups(B, L, size, generator, device)
         return random if stage == 3 else chunk_groups(B, L, size, device)
+
+
+# ---- the learned order ---------------------------------------------------------------------------
+class Order(nn.Module):
+    """(7) Log-weights as running sums, step i of which says by how much i comes before i + 1:
+        s_j = - sum_{i <= j} speed (a + b_i + g_i(x)), and s_hat_j with g_hat_i(x_revealed) for g_i
+    a is the slope of all texts, left to right if positive; b, too, is the same for all; g reads the
+    text, g_hat what is revealed. All begin at zero, the uniform order. An optimiser moves a number
+    by its learning rate a step, at most: hence speed, for an order that pays to be found soon.
+    Give a and b an Adam with eps = 10, g one with 10 / n_embd, and do not clip their gradients: so
+    they move by evidence, not by the noise that Adam blows up where there is none."""
+
+    speed = 80.0
+
+    def __init__(self, config):
+        super().__init__()
+        C, L = config.n_embd, config.seq_len
+        self.tried = config.explore
+        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(L))
+        self.g = nn.Linear(C, 1, bias=False)
+        self.g_hat = nn.Linear(C, L, bias=False)
+        self.cost = nn.Linear(C, 1)
+        for head in (self.g, self.g_hat, self.cost):
+            nn.init.zeros_(head.weight)
+
+    def forward(self, content):
+        """content (B, L, n_embd) of whole texts -> their slopes (B, 1); the steps of s without them
+        (B, L); nats that each token is expected to cost (B, L)."""
+        both = torch.cat((self.g(content), self.cost(content)), dim=-1).type_as(self.b)
+        g, cost = both.unbind(-1)  # (B, L) each; autocast made them bfloat16
+        g = g / content.shape[-1]
+        mean = g.mean(1, keepdim=True)
+        return self.speed * (self.a + mean), self.speed * (self.b[: g.shape[1]] + g - mean), cost
+
+    def guess(self, content, noise=0.0):
+        """content (B, n, n_embd) that knows what is revealed -> s_hat (B, n, seq_len). noise: on
+        every step, as in s, see A3.order_loss()."""
+        g_hat = self.g_hat(content.detach()).type_as(self.b) / content.shape[-1]
+        return -(self.speed * (self.a + self.b + g_hat) + noise).cumsum(-1)
+
+    def explore(self, B):
+        """How far off its slope each text is read, and the variance of that, (B, 1) each. Some are
+        read at any slope: evidence against an order that was chosen too soon."""
+        u, z = torch.rand(B, 1, device=self.b.device), torch.randn(B, 1, device=self.b.device)
+        sigma = torch.where(u < self.tried, 8.0, 1.0)
+        return sigma * z, sigma**2
+
+
+def log_race(s, order):
+    """log q (B, L) of each step of an order (B, L): exp(s_i) / the sum of those that are left."""
+    s = s.gather(1, order)
+    return s - s.flip(1).logcumsumexp(1).flip(1)
+
+
+def perturb(s, generator=None):
+    """s (.., L) plus Gumbel noise: the largest is i with probability exp(s_i) / sum_j exp(s_j)."""
+    return s - torch.empty_like(s).exponential_(generator=generator).log()
+
+
+def race(s, generator=None):
+    """A Plackett-Luce order of log-weights s (B, L): its positions, first to last, (B, L)."""
+    return perturb(s, generator).argsort(dim=1, descending=True)

@@ -17,7 +17,7 @@ from plumbing.cli import UserError, flag, refuse
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
 
-RULES = ("left", "random", "confidence", "entropy", "margin")
+RULES = ("left", "order", "random", "confidence", "entropy", "margin")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Settings:
     temperature: float = flag(1.0, "0: always the likeliest", least=0)
     top_k: int | None = flag(None, "draw among the k likeliest tokens only", least=1)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
-    by: str | None = flag(None, "a3: which tokens come next [left]", RULES)
+    by: str | None = flag(None, "a3, loa3: which tokens come next [left, order]", RULES)
     show: str = flag("text", "or order", ("text", "order"))
     html: str | None = flag(None, "write a page that plays how the samples came about")
     svg: str | None = flag(None, "write a picture of the samples")
@@ -68,10 +68,10 @@ def main(argv=None):
     tokenizer, name = tokenizer_of(**ckpt["tokenizer"]), ckpt["model_name"]
     z, n = template(s.prompt, s.infill, tokenizer, model.config.seq_len, model.mask_id)
     how = {}
-    if name == "a3":
+    if name in ("a3", "loa3"):
         z = z[:, :n]  # positions that are not decoded are not there: no [MASK]s needed
-        how = dict(by=s.by or "left")
-    refuse(s.by and not how, f"--by is for a3; {s.out_dir} holds a model {name}")
+        how = dict(by=s.by)
+    refuse(s.by and not how, f"--by is for a3 and loa3; {s.out_dir} holds a model {name}")
     generator = torch.Generator(device).manual_seed(s.seed)
     try:
         x, at = model.eval().sample(

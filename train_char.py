@@ -19,6 +19,7 @@ import math
 import shlex
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,20 +63,23 @@ def train_groups(s, step, x):
 
 SIZES, ORDERED = ("seq_len", "n_layer", "n_head", "n_embd"), "lomdm lomdm-by-time"
 BOUND, ORDER = dict(bound=bound), ("block_len", "weights", "c1", "c2")
+EXACT = {
+    "exact, random order": partial(bound, size=1),
+    "exact, left to right": partial(bound, size=0),
+}
+FOURS = {"exact, random groups of 4": partial(bound, size=4)}
 MODELS = {  # class; what its Config has fixed, and from flags; figures, the first finds the best
     "arm": ("lomdm.LoMDM", dict(block_len=1), (), dict(exact=bound)),
     "mdm": ("lomdm.LoMDM", dict(), (), BOUND),
     "block": ("lomdm.LoMDM", dict(), ("block_len",), BOUND),
     "lomdm": ("lomdm.LoMDM", dict(learn_order=True), ORDER, BOUND),
-    "a3": ("a3.A3", dict(), ("left_neighbour",), {
-        "exact, random order": bound,
-        "exact, left to right": lambda *how: bound(*how, size=0),
-        "exact, random groups of 4": lambda *how: bound(*how, size=4),
-    }),
+    "a3": ("a3.A3", dict(), ("left_neighbour",), EXACT | FOURS),
+    "loa3": ("a3.A3", dict(learn_order=True), ("left_neighbour", "explore"), BOUND | EXACT),
     "mdm-by-time": ("experiments.by_time.ByTime", dict(), (), BOUND),  # the papers' estimator
     "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER, BOUND),
 }  # fmt: skip
 INPUTS = {"a3": train_groups}  # what the loss takes besides x, if anything
+CHOICES = ("order.a", "order.b", "order.g.weight")  # of loa3: gradients by REINFORCE, not clipped
 
 
 def make_model(name, config):
@@ -90,7 +94,8 @@ class Settings:
     # All that a run depends on; every field is a flag. None: follows the device or other flags.
     model: str = flag("lomdm", "what to train", tuple(MODELS))
     preset: str | None = flag(None, "size: small on CPU and MPS, base on CUDA", tuple(PRESETS))
-    data: str = flag("shakespeare", "or openwebtext, python-docs, a file, a folder", resume=True)
+    data: str = flag("shakespeare", "a name, see plumbing/data.py; a file, a folder", resume=True)
+    text_len: int | None = flag(None, "tokens of a text, if it is a list of such texts", least=1)
     val_data: str | None = flag(None, "to validate on; default: the last tenth", resume=True)
     tokenizer: str | None = flag(None, "char, gpt2 [openwebtext], a folder with tokenizer.json")
     data_dir: str | None = flag(None, "where tokens are kept [data beside this]", resume=True)
@@ -111,7 +116,8 @@ class Settings:
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
-    left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3")
+    left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
+    explore: float = flag(0.05, "share of texts read in orders that do not pay", only="loa3")
     # optimisation
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
     gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
@@ -138,6 +144,8 @@ def settle(s, device, like=None):
     """Fill in what follows the preset, a model or other flags, and refuse what cannot be."""
     s.preset = s.preset or ("base" if device.type == "cuda" else "small")
     known = PRESETS[s.preset] | {name: getattr(like.config, name) for name in SIZES if like}
+    s.text_len = s.text_len or data.TEXT_LEN.get(s.data)
+    known["seq_len"] = s.text_len or known["seq_len"]
     known["lr_decay_iters"] = steps = s.lr_decay_iters or s.max_iters or known["max_iters"]
     known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["min_lr"] = (s.learning_rate or known["learning_rate"]) / 10
@@ -170,7 +178,8 @@ def get_batch(s, text, step, m, device):
     """Windows (batch_size, seq_len) for micro-batch m, and the seed of what is drawn after this."""
     seed = np.random.SeedSequence((s.seed, step, m + 1)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))  # m + 1, as SeedSequence ignores zeros at the end
-    starts = torch.randint(len(text) - s.seq_len + 1, (s.batch_size,))
+    each = s.text_len or 1  # windows begin where texts begin
+    starts = torch.randint((len(text) - s.seq_len) // each + 1, (s.batch_size,)) * each
     return windows(text, starts, s.seq_len, device)
 
 
@@ -203,9 +212,13 @@ def estimate_loss(model, val, s, device):
 def train(s, device, corpus, model, ckpt, about):
     """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between two
     steps, all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
-    out, weights = Path(s.out_dir), list(model.parameters())
+    out = Path(s.out_dir)
+    choices = [p for name, p in model.named_parameters() if name in CHOICES]
+    weights = [p for name, p in model.named_parameters() if name not in CHOICES]
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
-    groups = matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)
+    groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
+    for p in choices:  # a large eps: they move by evidence, where Adam by itself blows up noise
+        groups.append(dict(params=[p], weight_decay=0.0, eps=10.0 / (p.shape[1:] or (1,))[0]))
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
@@ -238,8 +251,8 @@ def train(s, device, corpus, model, ckpt, about):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if s.ema:  # the average begins with the weights after the first step
-                new = 1 - s.ema if step else 1.0
-                torch._foreach_lerp_(list(used.parameters()), [p.data for p in weights], new)
+                new, now = 1 - s.ema if step else 1.0, [p.data for p in model.parameters()]
+                torch._foreach_lerp_(list(used.parameters()), now, new)
             # kept on the device: to read a number, the CPU would have to wait for the GPU
             pending.append(torch.cat((norm.detach()[None], torch.stack(each).mean(0))))
             step += 1
@@ -321,7 +334,8 @@ def main(argv=None):
     settle(s, device, None if ckpt else model)
     _held = checkpoint.only_run(out)  # a lock, as long as this process lives
     with processes.first_only():
-        corpus = data.load(s.data, s.tokenizer, s.val_data, s.data_dir, s.out_dir, s.seq_len)
+        where = s.data, s.tokenizer, s.val_data, s.data_dir, s.text_len
+        corpus = data.load(*where, s.out_dir, s.seq_len)
     s.data, tokenizer = corpus.name, corpus.tokenizer
     changed = ckpt and ckpt["data_sha256"] != corpus.sha256
     refuse(changed, f"--data {s.data} is not the text that this run began with")

@@ -41,6 +41,7 @@ MODELS = {  # its name in train_char.py; more of its Config; A3's groups and the
     "a3 left to right": ("a3", dict(), (a3.chunk_groups, 1)),
     "a3 random order": ("a3", dict(), (a3.random_groups, 1)),
     "a3 groups of 4": ("a3", dict(), (a3.random_groups, 4)),
+    "loa3": ("loa3", dict(), None),
 }
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, FLOP/s, by NVIDIA
 SHARE = 0.4  # of the peak that a well-tuned training run reaches; an assumption
@@ -151,7 +152,7 @@ def recompute(model, x, groups):
 def sampling(names, s):
     z = torch.full((s.batch_size, s.seq_len), s.vocab_size, device=s.device)  # all [MASK]
     blank = torch.zeros_like(z)  # tokens that A3 ignores
-    used = [n for n in ("arm", "mdm", "block 16", "lomdm", "a3 random order") if n in names]
+    used = [n for n in ("arm", "mdm", "block 16", "lomdm", "loa3", "a3 random order") if n in names]
     models = {name: make(name, s)[0].eval() for name in used}
     three, arm = models.pop("a3 random order", None), None
     print("sampling, tok/s (min-max) and ratio to the arm's, by tokens a call")

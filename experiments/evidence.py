@@ -6,6 +6,8 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence bounds runs/lomdm runs/mdm           both bounds, differences
     python -m experiments.evidence order runs/lomdm --svg order.svg     weights by character class
     python -m experiments.evidence passage runs/lomdm --svg p.svg       a text coloured by weights
+    python -m experiments.evidence position runs/loa3 --svg p.svg       weights by position
+    python -m experiments.evidence rows runs/automaton                  films: is time found?
     python -m experiments.evidence strips runs/mdm runs/lomdm           one text being written
     python -m experiments.evidence fraction runs/* --svg f.svg          cost by share revealed
     python -m experiments.evidence variance runs/lomdm                  orders against times
@@ -27,6 +29,7 @@ import torch
 
 import a3
 import lomdm
+import train_char
 from experiments.by_time import ByTime
 from experiments.runs import Run, by_seed
 from plumbing import cli, pictures
@@ -37,10 +40,19 @@ def load(out_dir, a):
     return Run(out_dir, a.device, a.windows, a.data_dir)
 
 
-def require_lomdm(run, learned=False):
+def require_lomdm(run):
     refuse(isinstance(run.model, a3.A3), f"{run.name} holds an A3; this is for lomdm.py's models")
-    none = learned and not run.model.config.learn_order
+
+
+def require_order(run):
+    none = not run.model.config.learn_order
     refuse(none, f"{run.name} holds a model without a learned order")
+
+
+def log_weights(model, x, *_):
+    """Of the order, (B, L): large is early."""
+    s = model.order_weights(x)
+    return s if isinstance(model, a3.A3) else s.log()
 
 
 def mean_error(v):
@@ -149,6 +161,11 @@ def bounds(a):
 
 def next_cost(model, x, g, k):
     """Nats (B,) at the next position of an order, k positions of x (B, L) being revealed."""
+    if model.config.learn_order and isinstance(model, a3.A3):
+        s = model.order_weights(x)
+        order = a3.race(s, g)
+        nll, log_q_hat, log_q = model.order_terms(x, order, s)
+        return (nll.gather(1, order) + log_q - log_q_hat)[:, k]
     if isinstance(model, a3.A3):
         groups = a3.random_groups(*x.shape, 1, g, x.device)
         return -(model.log_prob(x, groups) * (groups == k)).sum(1)
@@ -213,24 +230,64 @@ CLASSES = {
 
 
 def order(a):
-    """Mean of w / (mean w) by character class: above 1 is revealed earlier than average. Errors are
-    over windows."""
+    """How much of the text, or of its block, comes after a character, by class: 1 is first, 0 last.
+    If orders were random, all would be .5. Errors are over windows."""
     series = {}
     for out_dir in a.out_dirs:
         run = load(out_dir, a)
-        require_lomdm(run, learned=True)
-        w = run.over_windows(lambda m, x, _: m.order_weights(x))  # (N, L)
+        require_order(run)
+        s = run.over_windows(log_weights)  # (N, L)
+        s = s.unflatten(1, (-1, getattr(run.model.config, "block_len", s.shape[1])))
+        after = (s.argsort(2).argsort(2) / max(1, s.shape[2] - 1)).flatten(1)  # in its block
         first = [t[:1] for t in run.tokenizer.pieces(range(run.tokenizer.size))]
         points = {}
         for i, (name, belongs) in enumerate(CLASSES.items()):
             member = torch.tensor([c != "" and belongs(c) for c in first])[run.val.cpu()]  # (N, L)
             there = member.any(1)
             if there.any():
-                mean = (w * member).sum(1)[there] / member.sum(1)[there]
-                points[name] = point(i, mean / w[there].mean(1))
+                mean = (after * member).sum(1)[there] / member.sum(1)[there]
+                points[name] = point(i, mean)
         series[run.name] = list(points.values())
         print(run.name, ", ".join(f"{n} {y:.3f} ± {e:.3f}" for n, (_, y, e) in points.items()))
-    draw(a, series, "", "order weight / mean", list(CLASSES))
+    draw(a, series, "", "share of the text that comes later", list(CLASSES))
+
+
+def position(a):
+    """Mean log-weight at each position, less that of the window: large is revealed early."""
+    series = {}
+    for out_dir in a.out_dirs:
+        run = load(out_dir, a)
+        require_order(run)
+        s = run.over_windows(log_weights)  # (N, L)
+        s = s - s.mean(1, keepdim=True)
+        points = series[run.name] = [point(i, s[:, i]) for i in range(s.shape[1])]
+        shown = [f"{i}: {y:.2f} ± {e:.2f}" for i, y, e in points[:: max(1, len(points) // 16)]]
+        print(run.name, " ".join(shown))
+    draw(a, series, "position", "log-weight - mean")
+
+
+def rows(a):
+    """--data automaton and automaton-both: mean log-weight by row of the film, in order of time,
+    less that of the film, for each of the directions that it may be written in; and Kendall's tau
+    between the order and time: 1 if every row is revealed before what follows from it."""
+    for out_dir in a.out_dirs:
+        run = load(out_dir, a)
+        require_order(run)
+        films = train_char.data.TEXT_LEN.get(run.ckpt["settings"]["data"])
+        refuse(not films, f"{run.name} was not trained on an automaton")
+        s = run.over_windows(log_weights)  # (N, L)
+        s = (s - s.mean(1, keepdim=True)).unflatten(1, (4, -1))[..., :-1]  # a line each
+        marks = "".join(run.tokenizer.pieces(run.val[:, 0].tolist()))
+        for mark in sorted(set(marks) & {"v", "^"}) or [""]:
+            chosen = torch.tensor([not mark or m == mark for m in marks])
+            film = s[chosen] if mark == "v" else s[chosen].flip(1)  # (n, 4, cells), in time
+            pairs = [
+                (film[:, i, :, None] > film[:, j, None, :]).double().mean((1, 2))
+                for i, j in itertools.combinations(range(4), 2)
+            ]
+            tau = 2 * torch.stack(pairs).mean(0) - 1  # (n,): of cells in different rows
+            means = " ".join(shown(film[:, i].mean(1)) for i in range(4))
+            print(f"{run.name} {mark} tau {shown(tau)}; rows, first in time first: {means}")
 
 
 def passage(a):
@@ -239,10 +296,10 @@ def passage(a):
     passages = []
     for out_dir in a.out_dirs:
         run = load(out_dir, a)
-        require_lomdm(run, learned=True)
-        x = run.val[len(run.val) // 2 :][:8]
+        require_order(run)
+        x, L = run.val[len(run.val) // 2 :][:8], run.val.shape[1]
         with torch.no_grad():
-            w = run.model.order_weights(x).view(-1, run.model.config.block_len)
+            w = log_weights(run.model, x).view(-1, getattr(run.model.config, "block_len", L))
         rank = w.argsort(1, descending=True).argsort(1)  # 0: the largest weight of its block
         passages += pictures.pieces(run.tokenizer, x.view(1, -1), rank.view(1, -1))
         print(run.name)
@@ -366,6 +423,8 @@ COMMANDS = {  # what each takes besides out_dirs
     bounds: OF_MODELS,
     order: ("svg", *OF_MODELS),
     passage: ("svg", *OF_MODELS),
+    position: ("svg", *OF_MODELS),
+    rows: OF_MODELS,
     strips: ("text", "seed", *OF_MODELS),
     fraction: ("svg", *OF_MODELS),
     variance: ("draws", *OF_MODELS),

@@ -27,7 +27,8 @@ class Run:
         except TypeError:
             raise UserError(f"{path} has settings that train_char.py does not know") from None
         cli.check(s)
-        corpus = data.load(s.data, s.tokenizer, s.val_data, data_dir or s.data_dir)
+        where = s.data, s.tokenizer, s.val_data, data_dir or s.data_dir, s.text_len
+        corpus = data.load(*where)
         self.sha256, self.tokenizer = corpus.sha256, corpus.tokenizer
         other = self.sha256 != self.ckpt["data_sha256"]
         refuse(other, f"{out_dir} was not trained on --data {s.data} as it is now")

@@ -340,7 +340,7 @@ def test_cached_logits_are_those_of_forward(n_layer, left_neighbour, monkeypatch
         assert len(steps) > 1
         final = model(done, groups)
         x, rank = torch.zeros(ask_shape(steps), dtype=torch.long), torch.full(ask_shape(steps), 5)
-        for s, (logits, at, asked, tokens, slots, committed, ask) in enumerate(steps):
+        for s, (logits, at, asked, _, tokens, slots, committed, ask) in enumerate(steps):
             for row, slot, token, when in zip(
                 *committed_now(slots, tokens, committed), strict=True
             ):

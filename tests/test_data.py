@@ -7,6 +7,7 @@ no vocabulary needs to be there.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -497,3 +498,60 @@ def test_no_permission_is_said_so(nobody):
         finally:
             path.chmod(mode)
     assert load("docs")
+
+
+# ---- films ---------------------------------------------------------------------------------------
+RULE_30 = {
+    "###": ".",
+    "##.": ".",
+    "#.#": ".",
+    "#..": "#",
+    ".##": "#",
+    ".#.": "#",
+    "..#": "#",
+    "...": ".",
+}
+
+
+def next_row(row):
+    return "".join(RULE_30[row[i - 1] + row[i] + row[(i + 1) % len(row)]] for i in range(len(row)))
+
+
+def films(corpus, n):
+    """The texts of both splits, of n characters each."""
+    for ids in (corpus.train, corpus.val):
+        text = text_of(corpus, ids.tolist())
+        yield [text[i : i + n] for i in range(0, len(text), n)]
+
+
+def test_an_automaton_runs_upwards(work):
+    corpus = data.load("automaton", folder="tokens", text_len=68)
+    train, val = films(corpus, 68)
+    assert len(train) == 20000 and len(val) == 2000 and corpus.tokenizer.size == 3
+    for film in (*train[:200], *val[:200]):
+        *lines, end = film.split("\n")
+        assert [len(line) for line in lines] == [16] * 4 and end == ""
+        for late, early in itertools.pairwise(lines):
+            assert late == next_row(early)
+    assert len({film[-17:] for film in train}) > 15000  # of 65,536 first rows
+    assert 0.49 < "".join(f[-17:-1] for f in train).count("#") / (16 * 20000) < 0.51
+    assert train[:2000] != val
+
+
+def test_an_automaton_in_both_directions(work):
+    train, val = films(data.load("automaton-both", folder="tokens", text_len=72), 72)
+    assert len(train) == 20000 and len(val) == 2000
+    down = 0
+    for film in train[:400]:
+        lines = film.split("\n")[:4]
+        [mark] = {line[0] for line in lines}
+        assert mark in "v^"
+        rows = [line[1:] for line in (lines if mark == "v" else lines[::-1])]
+        assert all(next_row(next_row(a)) == b for a, b in itertools.pairwise(rows))
+        down += mark == "v"
+    assert 150 < down < 250
+
+
+def test_films_are_the_same_every_time(work):
+    one = data.load("automaton", folder="tokens")
+    assert one.sha256 == data.load("automaton", folder="again").sha256

@@ -246,7 +246,7 @@ def runs(tmp_path_factory):
     flags += "--device cpu --num_samples 0 --max_iters 3 --eval_interval 3"
     for out, model in dict(
         arm="arm", mdm="mdm", lomdm="lomdm", a3="a3", by_time="lomdm-by-time", other="mdm",
-        other_arm="arm", blocks="lomdm --block_len 4",
+        other_arm="arm", blocks="lomdm --block_len 4", loa3="loa3",
     ).items():  # fmt: skip
         text = where / ("other.txt" if out.startswith("other") else "text.txt")
         more = f"--data {text} --out_dir {where / out} --model {model}"
@@ -271,8 +271,12 @@ def test_bounds_are_those_of_nelbo(runs, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv,says",
     [
-        ("fraction mdm lomdm a3 --svg f.svg", "a3 0.0: "),
-        ("order lomdm blocks --svg o.svg", "line end 1.0"),
+        ("fraction mdm lomdm a3 loa3 --svg f.svg", "loa3 0.0: "),
+        ("position lomdm loa3 --svg w.svg", "loa3 0: "),
+        ("order loa3", "space 0."),
+        ("passage loa3", "--- sample 1"),
+        ("infill loa3", "in gaps of 4 (exact)"),
+        ("order lomdm blocks --svg o.svg", "line end 0."),
         ("passage lomdm blocks --svg p.svg", "--- sample 1"),
         ("samples lomdm mdm --judge arm --samples 4", "mdm              uniform      16"),
         ("samples blocks by_time --samples 1", "by_time          learned      16"),
@@ -340,8 +344,9 @@ def test_noise_of_a_known_gradient():
     "argv,message",
     [
         ("order mdm", "without a learned order"),
+        ("rows loa3", "not trained on an automaton"),
         ("passage arm", "without a learned order"),
-        ("order a3", "holds an A3"),
+        ("order a3", "without a learned order"),
         ("bounds arm a3", "holds an A3"),
         ("variance a3", "holds an A3"),
         ("samples a3", "holds an A3"),

@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
         (["--html", str(sample.pictures.PAGE)], "is the template of the page"),
         (["--svg", str(sample.pictures.PAGE)], "is the template of the page"),
         (["--device", "cuda:99"], "none here"),
-        (["--by", "left"], "--by is for a3; out holds a model lomdm"),
+        (["--by", "left"], "--by is for a3 and loa3; out holds a model lomdm"),
         (["--out_dir", "a3", "--by", "margin", "--per_step", "0"], "--per_step must be at least 1"),
         (["--out_dir", "a3", "--infill", "to be, or not to _"], "18 tokens"),
     ],

@@ -75,7 +75,9 @@ def test_training_learns_and_samples(work, capsys, model):
     assert len(val) == 3 and val[-1] < val[0]
     assert val[-1] < (0.3 if model == "arm" else 1.8)  # character frequencies alone give 1.951
     assert f"({kind})" in capsys.readouterr().out
-    if model != "a3":
+    if model == "loa3":  # four texts a step: their log is of the slopes that were tried
+        assert rows[1]["nelbo"] == pytest.approx(rows[1]["recon"] + rows[1]["order"], abs=1e-3)
+    elif model != "a3":
         assert rows[1]["nelbo"] == pytest.approx(rows[1]["recon"] + rows[1]["order"], rel=1e-5)
     flags = ["--device", "cpu", "--num_samples", "2"]
     sample.main([*flags, "--infill", "ot\nto __ or _ot"])
@@ -86,7 +88,7 @@ def test_training_learns_and_samples(work, capsys, model):
         assert first == "ot" and second[:3] == "to " and second[5:9] == " or "
 
 
-@pytest.mark.parametrize("model", ["lomdm", "block --block_len 4", "a3 --shares 0.3,0,0.7"])
+@pytest.mark.parametrize("model", ["lomdm", "block --block_len 4", "a3 --shares 0.3,0,0.7", "loa3"])
 def test_resume_is_exact(work, model):
     """20 steps are 10 and 10 more: weights, optimizer and random states, bit for bit."""
     flags = f"--model {model} --dropout 0.1 --eval_interval 10 --lr_decay_iters 20"
@@ -258,6 +260,89 @@ def test_a3_figures_are_exact(work):
         groups += [a3.random_groups(18, 16, size, g)] if size else []
         nats = torch.stack([-model.log_prob(x, some).mean() for some in groups])
         assert mean == pytest.approx(nats.mean().item(), rel=1e-5)
+
+
+def test_loa3_figures_are_what_they_say(work):
+    """The bound of its own order, then exact in random order and left to right."""
+    train("--model loa3 --max_iters 3 --eval_draws 2")
+    ckpt, model = checkpoints.load("out/ckpt.pt", train_char.make_model)
+    s = train_char.Settings(**ckpt["settings"])
+    val = data.load("text.txt", folder="tokens").val
+    found = train_char.estimate_loss(model.eval(), val, s, torch.device("cpu"))
+    assert [figure for figure, _, _ in found] == [
+        "bound", "exact, random order", "exact, left to right",
+    ]  # fmt: skip
+    x = torch.from_numpy(val.astype("int64"))[:288].view(18, 16)
+    for (_, mean, _), how in zip(found, ({}, {"size": 1}, {"size": 0}), strict=True):
+        g = torch.Generator().manual_seed(1)
+        want = model.nelbo(x, 2, generator=g, **how).mean().item() / 16
+        assert mean == pytest.approx(want, rel=1e-5)
+
+
+def test_choices_move_by_evidence(work, monkeypatch):
+    """What REINFORCE trains has eps 10, no decay and no clipping; all else is as ever."""
+    seen, clipped, real = [], [], torch.optim.AdamW
+
+    def optimizer(groups, *a, **kw):
+        seen.extend(groups)
+        return real(groups, *a, **kw)
+
+    def clip(weights, most):
+        clipped.extend(weights)
+        return torch.zeros(())
+
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    train("--model loa3 --max_iters 1")
+    rest, choices = seen[:2], seen[2:]
+    assert [group["eps"] for group in choices] == [10, 10, 10 / 16]
+    assert all(group["weight_decay"] == 0 for group in choices)
+    chosen = [p for group in choices for p in group["params"]]
+    assert [tuple(p.shape) for p in chosen] == [(1,), (16,), (1, 16)]
+    left = {id(p) for p in chosen}
+    assert {id(p) for group in rest for p in group["params"]} == {id(p) for p in clipped}
+    assert not left & {id(p) for p in clipped} and rest[0]["eps"] == 1e-8
+
+
+# ---- lists of texts ------------------------------------------------------------------------------
+
+
+def test_windows_of_a_list_begin_with_its_texts(work, monkeypatch):
+    """In training and in validation, though the last tenth of the file begins amid a text."""
+    texts = [f"{i:03d}:" + "ab" * 6 for i in range(305)]  # 16 characters each
+    Path("list.txt").write_text("".join(texts))
+    seen = []
+    real = train_char.windows
+
+    def windows(*a):
+        seen.append(real(*a))
+        return seen[-1]
+
+    monkeypatch.setattr(train_char, "windows", windows)
+    train("--data list.txt --text_len 16 --max_iters 3 --batch_size 16", base=TINY)
+    colon = data.load("list.txt", folder="tokens").tokenizer.encode(":")[0]
+    rows = torch.cat(seen)
+    assert (rows[:, 3] == colon).all() and len(rows) == 3 * 16 + 30
+    assert len(seen[-1]) == 30  # of the 31 texts in 488 characters, the first is cut
+
+
+@pytest.mark.parametrize(
+    "flags", ["--data text.txt --text_len 17", "--data text.txt --val_data b.txt"]
+)
+def test_what_is_no_list_of_texts(work, flags):
+    Path("text.txt").write_text("to be or not\n" * 170)  # 17 times 130
+    Path("b.txt").write_text("or not\n" * 100)
+    with pytest.raises(UserError, match="no list of texts of --text_len"):
+        train(f"{flags} --text_len {16 if '17' in flags else 13} --max_iters 1", base=TINY)
+
+
+def test_films_are_lists_of_texts(work):
+    train(
+        "--model arm --data automaton --max_iters 1 --eval_windows 10",
+        base=TINY.replace("--seq_len 16", ""),
+    )
+    s = checkpoint("out/ckpt.pt")["settings"]
+    assert s["seq_len"] == s["text_len"] == 68
 
 
 def test_an_earlier_run_is_kept(work):

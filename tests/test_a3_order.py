@@ -1,0 +1,405 @@
+"""
+The learned order of a3.py against exact enumeration, in float64: with 4 positions there are 24
+orders, with 2 or 3 tokens 16 or 81 texts, and everything that (7) says can be listed.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import a3
+import lomdm
+from a3 import A3, Config, chunk_groups, random_groups
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(L=4, V=2, seed=0, n_layer=2, **kw):
+    """Weights that are all random and large, those of the order too."""
+    torch.manual_seed(seed)
+    model = A3(Config(V, L, n_layer, n_head=2, n_embd=8, learn_order=True, **kw))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1 and "order" not in name), std=0.5)
+    with torch.no_grad():  # speed makes them large
+        model.order.a.fill_(0.005)
+        model.order.b /= 60
+        model.order.g.weight *= 0.15
+        model.order.g_hat.weight *= 0.1
+    return model.eval()
+
+
+def texts(L, V):
+    return torch.tensor(list(itertools.product(range(V), repeat=L)))  # (V^L, L)
+
+
+def orders(L):
+    return torch.tensor(list(itertools.permutations(range(L))))  # (L!, L)
+
+
+def listed(model, x):
+    """For each order of each text: log p, log q_hat and log q of all of it, (texts, orders)."""
+    every = orders(x.shape[1])
+    n, m = len(x), len(every)
+    rows, order = x.repeat_interleave(m, 0), every.repeat(n, 1)
+    log_q_hat, log_q = model.order_log_probs(rows, order)
+    log_p = model.log_prob(rows, order.argsort(1))
+    return [t.sum(1).view(n, m) for t in (log_p, log_q_hat, log_q)]
+
+
+def chi_square(counts, p):
+    """How many standard deviations above its mean the statistic is; rare cells count as one."""
+    expected = p.detach() * counts.sum()
+    rare = expected < 5
+    counts, expected = (torch.cat((t[~rare], t[rare].sum()[None])) for t in (counts, expected))
+    assert len(expected) > 4 and expected[-1] < 0.1 * counts.sum()
+    counts, expected = (t if expected[-1] >= 5 else t[:-1] for t in (counts, expected))
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    free = len(expected) - 1
+    return (statistic - free) / math.sqrt(2 * free)
+
+
+# ---- the model and its bound ---------------------------------------------------------------------
+@pytest.mark.parametrize("L, V, n_layer", [(4, 2, 2), (3, 3, 1), (4, 3, 3)])
+def test_probabilities_of_texts_and_orders_sum_to_one(L, V, n_layer):
+    log_p, log_q_hat, log_q = listed(make(L, V, n_layer=n_layer), texts(L, V))
+    assert (log_p + log_q_hat).exp().sum().item() == pytest.approx(1, abs=1e-10)
+    assert torch.allclose(log_q.exp().sum(1), torch.ones(V**L), atol=1e-10)
+    assert log_q.exp().amax(1).mean() > 2 / math.factorial(L), "q is not far from uniform"
+    assert (log_q - log_q_hat).abs().max() > 0.5, "nor from q_hat"
+
+
+def test_log_q_is_that_of_a_race_step_by_step():
+    """By its definition: exp(s_i) / the sum of those that are left."""
+    model, x = make(), texts(4, 2)[5:7]
+    w = model.order_weights(x).exp()
+    for order in orders(4):
+        got = model.order_log_probs(x, order.expand_as(x))[1]
+        for k in range(4):
+            want = (w[:, order[k]] / w[:, order[k:]].sum(1)).log()
+            assert torch.allclose(got[:, k], want, atol=1e-10)
+
+
+def test_log_q_hat_sees_only_what_is_revealed():
+    """It changes with the token of step k for no step up to k, and for some step after."""
+    model, g = make(), torch.Generator().manual_seed(0)
+    x, order = torch.randint(2, (9, 4), generator=g), random_groups(9, 4, generator=g)
+    before = model.order_log_probs(x, order)[0]
+    for k in range(4):
+        at = order[:, k : k + 1]
+        other = x.scatter(1, at, 1 - x.gather(1, at))
+        moved = (model.order_log_probs(other, order)[0] - before).abs() > 1e-9
+        assert not moved[:, : k + 1].any()
+        assert moved[:, k + 1 : 3].any(0).all()  # the last step has no choice
+
+
+def test_bound_is_the_exact_likelihood_and_what_q_does_not_know():
+    """-log p(x) = the bound - KL(q || p(order | x)), text by text."""
+    log_p, log_q_hat, log_q = listed(make(4, 3), texts(4, 3))
+    exact = -(log_p + log_q_hat).logsumexp(1)
+    bound = (log_q.exp() * (log_q - log_q_hat - log_p)).sum(1)
+    posterior = log_p + log_q_hat + exact[:, None]
+    gap = (log_q.exp() * (log_q - posterior)).sum(1)
+    assert torch.allclose(bound - exact, gap, atol=1e-10) and (gap > 1e-3).all()
+
+
+def drawn(monkeypatch, order):
+    """Every race comes out like this."""
+    monkeypatch.setattr(a3, "race", lambda s, generator=None: order)
+
+
+def test_nelbo_has_the_bound_as_its_mean(monkeypatch):
+    model, x = make(4, 3), texts(4, 3)
+    log_p, log_q_hat, log_q = listed(model, x)
+    want, got = (log_q.exp() * (log_q - log_q_hat - log_p)).sum(1), 0
+    for i, order in enumerate(orders(4)):
+        drawn(monkeypatch, order.expand_as(x))
+        nats = model.nelbo(x)
+        assert nats.shape == (81,)
+        got = got + log_q[:, i].exp() * nats
+    assert torch.allclose(got, want, atol=1e-10)
+
+
+def test_nelbo_averages_over_its_draws(monkeypatch):
+    model, x, every = make(), texts(4, 2), orders(4)
+    drawn(monkeypatch, every[3].expand_as(x))
+    one = model.nelbo(x)
+    drawn(monkeypatch, every[8].expand_as(x))
+    other, turn = model.nelbo(x), itertools.cycle((3, 8))
+    monkeypatch.setattr(a3, "race", lambda s, generator=None: every[next(turn)].expand_as(x))
+    assert torch.allclose(model.nelbo(x, 2), (one + other) / 2) and (one != other).all()
+
+
+def test_race_draws_from_q():
+    s = torch.tensor([0.3, -1.2, 0.9, 0.0])
+    found = a3.race(s.repeat(60_000, 1), torch.Generator().manual_seed(0))
+    every = orders(4)
+    counts = (found[:, None] == every).all(2).sum(0).double()
+    left = s[every].flip(1).logcumsumexp(1).flip(1)  # (24, 4)
+    assert abs(chi_square(counts, (s[every] - left).sum(1).exp())) < 4
+
+
+# ---- training ------------------------------------------------------------------------------------
+def gradient(loss, model):
+    g = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([p.flatten() for p in g])
+
+
+def cost_of(model, x, noise):
+    """For each order of each text, read at slopes that are off by noise (B, 1): its costs (7), and
+    its probability, by definition; the gradient of q's slope is left out, see below."""
+    every = orders(x.shape[1])
+    n, m = len(x), len(every)
+    slope, local, _ = model.order(model.whole_text(x))
+    s = -(slope.detach() + local + noise).cumsum(1)
+    rows, order = x.repeat_interleave(m, 0), every.repeat(n, 1)
+    _, log_q_hat, log_q = model.order_terms(
+        rows, order, s.repeat_interleave(m, 0), noise.repeat_interleave(m, 0)[..., None]
+    )
+    log_p = model.log_prob(rows, order.argsort(1)).sum(1).view(n, m)
+    log_q, log_q_hat = log_q.sum(1).view(n, m), log_q_hat.sum(1).view(n, m)
+    return log_q - log_q_hat - log_p, log_q.exp(), slope
+
+
+def tried(monkeypatch, model, noise, variance):
+    monkeypatch.setattr(model.order, "explore", lambda B: (noise, variance))
+
+
+def test_expected_gradient_of_the_loss_is_that_of_the_bound(monkeypatch):
+    """Over all pairs of orders of two texts, at slopes that are off by given noise. The network,
+    b, g and g_hat: autograd through the bound. The slope of q: Stein's lemma, below. The head that
+    expects costs: their squared error. Baselines may be anything without changing that."""
+    model, x, every = make(3, 2, seed=1), torch.tensor([[0, 1, 1], [1, 0, 1]]), orders(3)
+    noise, variance = torch.tensor([[0.7], [-1.1]]), torch.tensor([[1.0], [4.0]])
+    cost, q, slope = cost_of(model, x, noise)  # (2, 6), (2, 6), (2, 1)
+    f = (q * cost).sum(1)  # (2,): the bound, through s without its slope, and through s_hat
+    # log q has no gradient by its slope but in the cost, where it is E grad log q = 0
+    expected = model.order(model.whole_text(x))[2]
+    excess = (f - expected.sum(1)).detach()  # and less that of the other text
+    stein = ((excess - excess.flip(0))[:, None] * noise / variance * slope).mean()
+    error, total, value = 0, 0, 0
+    want = gradient((f.mean() + stein) / 3, model)
+    tried(monkeypatch, model, noise, variance)
+    for i, j in itertools.product(range(6), repeat=2):
+        drawn(monkeypatch, every[[i, j]])
+        p = (q[0, i] * q[1, j]).item()
+        loss, metrics = model.order_loss(x)
+        nll = -model.log_prob(x, every[[i, j]].argsort(1)).detach()
+        error = error + p * (nll - expected).square().mean()
+        total, value = total + p * gradient(loss, model), value + p * metrics["nelbo"]
+    assert torch.allclose(total, want + gradient(error, model), atol=1e-9)
+    assert value.item() == pytest.approx(f.mean().item() / 3, abs=1e-9)
+    names = [name for name, p in model.named_parameters() for _ in p.flatten()]
+    for part in ("order.a", "order.b", "order.g.", "order.g_hat", "wte", "lm_head"):
+        mine = torch.tensor([name.startswith(part) for name in names])
+        assert (want[mine].abs() > 1e-6).any(), part  # a part that matters
+
+
+def test_steins_lemma_is_the_gradient_of_the_slope():
+    """What the loss does for the slope, at one text and sigma = 1: by quadrature over the noise,
+    E f(noise) noise = d E f(a + noise) / da, f being the bound at that slope."""
+    model, x = make(3, 2, seed=1), torch.tensor([[0, 1, 1]])
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = torch.tensor(weights / weights.sum())
+    a = torch.zeros((), requires_grad=True)
+
+    def bound(noise):
+        cost, q, _ = cost_of(model, x, noise.view(1, 1))
+        return (q * cost).sum()
+
+    f = torch.stack([bound(torch.tensor(p) + a) for p in points])
+    (want,) = torch.autograd.grad((weights * f).sum(), a)
+    assert (weights * f * torch.tensor(points)).sum().item() == pytest.approx(want.item(), abs=1e-6)
+    assert abs(want.item()) > 1e-3
+
+
+def test_slopes_that_are_tried():
+    torch.manual_seed(0)
+    model = A3(Config(3, 4, 1, 2, 8, learn_order=True, explore=0.25))
+    noise, variance = model.order.explore(100_000)
+    assert noise.shape == variance.shape == (100_000, 1)
+    wide = variance == 64
+    assert wide.double().mean().item() == pytest.approx(0.25, abs=0.005)
+    assert (variance[~wide] == 1).all()
+    assert noise[wide].std().item() == pytest.approx(8, rel=0.02)
+    assert noise[~wide].std().item() == pytest.approx(1, rel=0.02)
+
+
+def test_metrics_of_the_loss():
+    model, x = make(), torch.randint(2, (8, 4))
+    loss, m = model.order_loss(x)
+    assert loss.requires_grad and not any(v.requires_grad for v in m.values())
+    assert m["nelbo"].item() == pytest.approx((m["recon"] + m["order"]).item())
+    slope = model.order(model.whole_text(x))[0]
+    assert m["slope"].item() == pytest.approx(slope.mean().item())
+    torch.manual_seed(5)
+    one = model.loss(x)[0]
+    torch.manual_seed(5)
+    assert one.item() == model.order_loss(x)[0].item()  # loss() without groups is that
+
+
+def test_order_does_not_shape_the_network():
+    """The cost of guessing the order reaches the order's own weights only."""
+    model, x = make(), torch.randint(2, (8, 4))
+    log_q_hat, log_q = model.order_log_probs(x, random_groups(8, 4))
+    (log_q - log_q_hat).sum().backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert got == {"order.a", "order.b", "order.g.weight", "order.g_hat.weight"}
+
+
+# ---- the two ends --------------------------------------------------------------------------------
+def test_a_new_order_is_uniform_and_costs_nothing():
+    torch.manual_seed(0)
+    model = A3(Config(5, 6, 2, 2, 8, learn_order=True)).eval()
+    x = torch.randint(5, (7, 6))
+    log_q_hat, log_q = model.order_log_probs(x, random_groups(7, 6))
+    assert torch.allclose(log_q, log_q_hat, rtol=0, atol=1e-12)
+    assert torch.allclose(log_q, -torch.arange(6, 0, -1.0).log().expand(7, 6))
+    g = torch.Generator()
+    order = a3.race(torch.zeros(7, 6), g.manual_seed(3))
+    want = -model.log_prob(x, order.argsort(1)).sum(1)  # A3's, in the same random order
+    assert torch.allclose(model.nelbo(x, generator=g.manual_seed(3)), want)
+
+
+def test_infinitely_steep_weights_are_the_arm():
+    torch.manual_seed(0)
+    arm = lomdm.LoMDM(lomdm.Config(5, 6, 2, 2, 8, block_len=1)).eval()
+    model = A3(Config(5, 6, 2, 2, 8, learn_order=True)).eval()
+    model.load_arm(arm.state_dict())
+    torch.nn.init.constant_(model.order.b, 50.0)
+    x = torch.randint(5, (7, 6))
+    assert torch.allclose(model.nelbo(x), arm.nelbo(x), atol=1e-9)
+    left = model.sample(torch.full((3, 6), 5), generator=torch.Generator().manual_seed(0))[1]
+    assert torch.equal(left, torch.arange(6).expand(3, 6))
+
+
+def test_steps_of_the_weights():
+    """s_j = - speed sum_{i <= j} (a + b_i): where that is large, i comes long before i + 1."""
+    model = A3(Config(5, 4, 1, 2, 8, learn_order=True))
+    with torch.no_grad():
+        model.order.b.copy_(torch.tensor([9.0, 0.5, -0.25, 1.0]))
+        model.order.a.fill_(0.5)
+    want = model.order.speed * torch.tensor([-9.5, -10.5, -10.75, -12.25])
+    assert torch.allclose(model.order_weights(torch.randint(5, (2, 4))), want.expand(2, 4))
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+def count(x, at, V):
+    """How often each text came in each order, (V^L, L!)."""
+    L, every = x.shape[1], orders(x.shape[1])
+    text = (x * V ** torch.arange(L - 1, -1, -1)).sum(1)
+    order = (at.argsort(1)[:, None] == every).all(2).int().argmax(1)
+    return torch.zeros(V**L * len(every)).index_add(
+        0, text * len(every) + order, torch.ones(len(x))
+    )
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_samples_are_drawn_from_the_model(n_layer):
+    """Texts and their orders, together."""
+    model, g = make(3, 2, seed=2, n_layer=n_layer), torch.Generator().manual_seed(0)
+    x, at = model.sample(torch.full((60_000, 3), 2), generator=g)
+    assert torch.equal(at.sort(1).values[0], torch.arange(3))
+    log_p, log_q_hat, _ = listed(model, texts(3, 2))
+    assert abs(chi_square(count(x, at, 2), (log_p + log_q_hat).exp().flatten())) < 4
+
+
+def test_given_tokens_are_read_in_the_order_that_q_hat_finds_likeliest():
+    """And then the rest comes from the model, given that they were read so: a naive walk."""
+    model, L = make(4, 2, seed=3), 4
+    z = torch.tensor([[2, 1, 2, 0]])
+    read = []
+    for _ in range(2):  # the given positions, 1 and 3: which is likelier after those read so far?
+        rest = [i for i in (1, 3) if i not in read]
+        tries = [[*read, i, *(j for j in range(L) if j not in (*read, i))] for i in rest]
+        x = torch.where(z < 2, z, 0).repeat(len(tries), 1)
+        s = model.order_log_probs(x, torch.tensor(tries))[0][:, len(read)]
+        read.append(rest[int(s.argmax())])
+    x, at = model.sample(z.repeat(40_000, 1), generator=torch.Generator().manual_seed(0))
+    assert (at[:, [1, 3]] == -1).all() and (x[:, [1, 3]] == torch.tensor([1, 0])).all()
+    p, found = [], []
+    for a, b, first in itertools.product(range(2), range(2), (0, 2)):
+        row = torch.tensor([[a, 1, b, 0]])
+        order = torch.tensor([[*read, first, 2 - first]])
+        log_q_hat = model.order_log_probs(row, order)[0][:, 2:].sum()
+        log_p = model.log_prob(row, order.argsort(1))[0, [0, 2]].sum()
+        p.append((log_q_hat + log_p).exp())
+        found.append((x == row).all(1) & (at[:, first] < at[:, 2 - first]))
+    p = torch.stack(p).detach()
+    assert p.sum().item() == pytest.approx(1, abs=1e-9)
+    assert abs(chi_square(torch.stack(found).sum(1).double(), p)) < 4
+
+
+def test_rows_with_different_gaps_in_one_batch():
+    """Greedy, by steep weights: each row as if it were alone."""
+    model = make(5, 3, seed=4)
+    z = torch.tensor([[3, 3, 3, 3, 3], [0, 3, 2, 3, 1], [1, 2, 0, 1, 3], [0, 1, 2, 0, 1]])
+    with torch.no_grad():
+        model.order.b *= 1000
+    both = model.sample(z, temperature=0)
+    for row in range(4):
+        x, at = model.sample(z[row : row + 1], temperature=0)
+        assert torch.equal(x[0], both[0][row])
+        assert torch.equal(at[0] >= 0, z[row] == 3) and torch.equal(at[0] < 0, both[1][row] < 0)
+
+
+def test_several_a_call():
+    model = make(4, 3)
+    x, at = model.sample(torch.full((50, 4), 3), per_step=3)
+    assert (x < 3).all() and (at.sort(1).values == torch.tensor([0, 0, 0, 1])).all()
+
+
+# ---- what else it can ----------------------------------------------------------------------------
+def test_it_remains_an_a3():
+    """Exact in any order, cached, and adapted from an ARM."""
+    model, x = make(4, 3), texts(4, 3)
+    assert model.nelbo(x, size=0).exp().neg().shape == (81,)
+    left = model.log_prob(x, chunk_groups(81, 4)).sum(1)
+    assert left.exp().sum().item() == pytest.approx(1, abs=1e-10)
+    assert torch.allclose(model.nelbo(x, size=0), -left)
+    g = torch.Generator()
+    want = model.nelbo(x, size=1, generator=g.manual_seed(1))
+    groups = random_groups(81, 4, generator=g.manual_seed(1))
+    assert torch.allclose(want, -model.log_prob(x, groups).sum(1))
+    for by in ("left", "confidence", "random"):
+        assert (model.sample(torch.full((2, 4), 3), by=by)[0] < 3).all()
+
+
+def test_shorter_texts_than_the_window():
+    model = make(6, 2)
+    log_p, log_q_hat, log_q = listed(model, texts(3, 2))
+    assert (log_p + log_q_hat).exp().sum().item() == pytest.approx(1, abs=1e-10)
+    assert torch.allclose(log_q.exp().sum(1), torch.ones(8), atol=1e-10)
+    assert (model.sample(torch.full((2, 3), 2))[0] < 2).all()
+
+
+def test_errors():
+    plain = A3(Config(3, 4, 1, 2, 8))
+    with pytest.raises(ValueError, match="has learned none"):
+        plain.sample(torch.full((1, 4), 3), by="order")
+    with pytest.raises(ValueError, match="must both be"):
+        make().order_log_probs(torch.zeros(2, 4).long(), torch.zeros(2, 3).long())
+    with pytest.raises(ValueError, match="do not fit"):
+        make().order_loss(torch.zeros(2, 5).long())
+
+
+def test_bfloat16_is_close_to_float32():
+    """The running sums are in float32, or the order would be lost."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = A3(Config(5, 64, 2, 2, 32, learn_order=True)).eval()
+    torch.nn.init.constant_(model.order.b, 0.05)  # 4 nats a step, 256 in all
+    torch.nn.init.normal_(model.order.g_hat.weight, std=0.1)
+    x, order = torch.randint(5, (4, 64)), torch.arange(64).expand(4, 64)
+    want = model.order_log_probs(x, order)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.order_log_probs(x, order)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02)
