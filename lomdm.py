@@ -195,9 +195,9 @@ class Order(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, h, rotary, sees, L):
+    def forward(self, h, rotary, sees, L, cache=None):
         """h (B, T, n_embd), and how a block attends to it -> weights (B, L) of the first L."""
-        v = self.score(self.norm(self.block(h.detach(), rotary, sees, L)))  # (B, L, 1)
+        v = self.score(self.norm(self.block(h.detach(), rotary, sees, L, cache)))  # (B, L, 1)
         v = v.to(self.score.weight.dtype)  # autocast made it bfloat16
         return self.squash(v.view(len(v), -1, min(L, self.config.block_len))).flatten(1)
 
@@ -208,7 +208,7 @@ class Order(nn.Module):
         return v.exp() if c.weights == "exp" else c.c1 + c.c2 * v
 
 
-def uniform(h, rotary, sees, L):
+def uniform(h, rotary, sees, L, cache=None):
     """What stands for an Order where none is learned: w = 1."""
     return h.new_ones(len(h), L)
 
@@ -243,13 +243,17 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, C, bias=False)
 
-    def forward(self, h, rotary, sees, rows=None):
+    def forward(self, h, rotary, sees, rows=None, cache=None):
         """h (B, T, C). sees: the mask argument of scaled_dot_product_attention, {} if all see all.
-        Returns the first `rows` places, (B, rows, C), all of them looking at all T."""
+        Returns the first `rows` places, (B, rows, C), all of them looking at all T, and before
+        those at what the cache holds of earlier calls, to which they are added."""
         B, T, _ = h.shape
         drop = self.dropout if self.training else 0.0
         q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, n_head, T, head_dim), as v
+        if cache is not None:
+            old = cache.get(self, (k[:, :, :0], v[:, :, :0]))
+            k, v = cache[self] = [torch.cat(pair, dim=2) for pair in zip(old, (k, v), strict=True)]
         if "attn_mask" in sees:
             sees = {"attn_mask": sees["attn_mask"][:rows]}
         y = F.scaled_dot_product_attention(q[:, :, :rows], k, v, dropout_p=drop, **sees)  # as q
@@ -324,15 +328,20 @@ class LoMDM(nn.Module):
         mask = torch.where(clean, b < (b + clean)[:, None], (b == b[:, None]) & ~clean[:, None])
         return torch.cat((z, x), 1), pos.repeat(2), {"attn_mask": mask}  # row sees column
 
-    def features(self, z, x=None):
+    def features(self, z, x=None, cache=None, begin=0):
         """The backbone f on stream(z, x): h (B, T, n_embd), and how one more block would attend to
-        it. Without one to come, the last block leaves out what is only there to be looked at."""
+        it. Without one to come, the last block leaves out what is only there to be looked at.
+        cache: of Block.forward(), which holds the first `begin` places; T counts those after."""
         tokens, pos, sees = self.stream(z, x)
+        if cache is not None:
+            b = pos // self.config.block_len
+            tokens, pos, sees = tokens[:, begin:], pos[begin:], {"attn_mask": b[begin:, None] >= b}
         rotary = rotary_tables(pos, self.config.n_embd // self.config.n_head)
         h = F.dropout(self.wte(tokens) + self.wpe(pos), self.config.dropout, self.training)
         for block in self.blocks[:-1]:
-            h = block(h, rotary, sees)
-        h = self.blocks[-1](h, rotary, sees, None if self.config.learn_order else z.shape[1])
+            h = block(h, rotary, sees, cache=cache)
+        rows = None if self.config.learn_order else z.shape[1]
+        h = self.blocks[-1](h, rotary, sees, rows, cache)
         return self.norm(h), (rotary, sees)
 
     def logits(self, h):
@@ -413,35 +422,38 @@ class LoMDM(nn.Module):
         return total.sum(-1) / n_draws
 
     @torch.no_grad()
-    def sample(self, z, temperature=1.0, top_k=None, per_step=1, generator=None):
+    def sample(self, z, temperature=1.0, top_k=None, per_step=1, generator=None, cache=True):
         """Fill the mask_id positions of z (B, L): all of it, what follows a prompt, gaps in a text.
         A network call picks per_step positions by the race (3) with w_hat, among the masked ones of
-        each row's first unfinished block, and their tokens from mu. With one per_step and no given
-        tokens, or whole blocks of them in front, this draws from p exactly: no clock, as the model
-        does not see the time. Other given tokens start the process midway, near p(rest | given) but
-        not equal to it, and blind to what is given in later blocks. Tokens of one call do not see
-        each other. temperature 0 takes the likeliest. Returns x and revealed_at (B, L), the number
-        of the call that filled each position, -1 if given."""
+        the first unfinished block, and their tokens from mu. With one per_step and no given tokens,
+        or whole blocks of them in front, this draws from p exactly: no clock, as the model does not
+        see the time. Other given tokens start the process midway, near p(rest | given) but not
+        equal to it, and blind to what is given in later blocks. Tokens of one call do not see each
+        other. temperature 0 takes the likeliest. Returns x and revealed_at (B, L), the number of
+        the call that filled each position, -1 if given.
+        cache: keep keys and values of finished blocks, which never change, as they only see blocks
+        before. In one block there is nothing to keep: every new token is seen by all others."""
         if not 0 <= temperature < math.inf or per_step < 1 or (top_k is not None and top_k < 1):
             raise ValueError("temperature must be >= 0, per_step >= 1 and top_k >= 1 (or None)")
         x, revealed_at = z.clone(), torch.full_like(z, -1)
         L, K = z.shape[1], min(z.shape[1], self.config.block_len)
-        b = torch.arange(L, device=z.device) // K  # (L,)
-        for call in range(L + 1):
-            masked = x == self.mask_id
-            if not masked.any():
-                return x, revealed_at
-            current = torch.where(masked, b, L).amin(1, keepdim=True)  # (B, 1), L in finished rows
-            ready = masked & (b == current)  # (B, L)
-            end = K * (1 + int(torch.where(ready, b, 0).max()))  # later blocks are seen by nobody
-            h, attention = self.features(x[:, :end])
-            w_hat = self.g_hat(h, *attention, end)
-            pick = race(w_hat * ready[:, :end], generator)[:, :per_step]  # (B, m)
-            logits = self.logits(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
-            token = draw(logits, temperature, top_k, generator)
-            drawn = ready.gather(1, pick)  # False where fewer than per_step were ready
-            x.scatter_(1, pick, torch.where(drawn, token, x.gather(1, pick)))
-            revealed_at.scatter_(1, pick, torch.where(drawn, call, revealed_at.gather(1, pick)))
+        call, begin, held = 0, 0, {} if cache and K < L else None  # begin: how many places it holds
+        for end in range(K, L + 1, K):  # block after block
+            while (masked := x[:, end - K : end] == self.mask_id).any():  # (B, K)
+                h, attention = self.features(x[:, :end], cache=held, begin=begin)
+                w_hat = self.g_hat(h, *attention, h.shape[1], held)[:, -K:]
+                if held is not None:  # an ARM has read finished tokens only, a block itself, too
+                    begin = end if K == 1 else end - K
+                    held = {m: [t[:, :, :begin] for t in kv] for m, kv in held.items()}
+                pick = race(w_hat * masked, generator)[:, :per_step]  # (B, m)
+                logits = self.logits(h[:, -K:].take_along_dim(pick[..., None], 1))  # (B, m, V)
+                token = draw(logits, temperature, top_k, generator)
+                drawn = masked.gather(1, pick)  # False where fewer than per_step were masked
+                pick = pick + end - K
+                x.scatter_(1, pick, torch.where(drawn, token, x.gather(1, pick)))
+                revealed_at.scatter_(1, pick, torch.where(drawn, call, revealed_at.gather(1, pick)))
+                call += 1
+        return x, revealed_at
 
     # ---- The same, cheaper: these two could be cross_entropy(self.logits(h), x) * masked
 

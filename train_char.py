@@ -4,13 +4,14 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     python train_char.py                                 LoMDM, at a size that fits the device
     python train_char.py --model arm --out_dir out_arm   or mdm, or block: the same loss
     python train_char.py --model a3 --init_from out_arm  adapt that ARM to any order
+    python train_char.py --model loa3                    any order, and which is best
     python train_char.py --resume                        go on after Ctrl-C, as if nothing happened
     python train_char.py --preset gpt2 --data openwebtext
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
-Settings left out follow the preset, and the preset the device. All that is random in a step is a
-function of the seed, the step and the number of the micro-batch: a run that was killed goes on as
-if nothing had been, and N processes do what one does with the same --gradient_accumulation_steps.
+Settings left out follow the preset, and the preset the device. All that is random in a step follows
+from the seed, the step and the micro-batch: a run that was killed goes on as if nothing had been,
+and N processes do what one does with the same --gradient_accumulation_steps.
 """
 
 import copy
@@ -162,6 +163,7 @@ def settle(s, device, like=None):
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
     refuse(whole, f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm")
     refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
+    refuse(s.model == "loa3" and s.batch_size < 2, "loa3 compares texts: --batch_size 2 at least")
     uneven = f"{s.gradient_accumulation_steps} must be divisible by the {WORLD} processes"
     refuse(s.gradient_accumulation_steps % WORLD, f"--gradient_accumulation_steps {uneven}")
     if s.max_iters > s.lr_decay_iters:
@@ -212,9 +214,9 @@ def estimate_loss(model, val, s, device):
 def train(s, device, corpus, model, ckpt, about):
     """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between two
     steps, all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
-    out = Path(s.out_dir)
-    choices = [p for name, p in model.named_parameters() if name in CHOICES]
-    weights = [p for name, p in model.named_parameters() if name not in CHOICES]
+    out, named = Path(s.out_dir), dict(model.named_parameters())
+    choices = [named.pop(name) for name in CHOICES if name in named]
+    weights = list(named.values())
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
     groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
     for p in choices:  # a large eps: they move by evidence, where Adam by itself blows up noise

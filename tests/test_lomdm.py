@@ -588,7 +588,7 @@ def test_per_step_calls(m, monkeypatch):
     model = make(L=8, learn_order=True)
     calls = []
     features = model.features
-    monkeypatch.setattr(model, "features", lambda *a: calls.append(1) or features(*a))
+    monkeypatch.setattr(model, "features", lambda *a, **kw: calls.append(1) or features(*a, **kw))
     z = torch.full((3, 8), V)
     z[0, 1] = z[0, 6] = 2  # six masks
     z[1, :] = 1  # none
@@ -602,14 +602,14 @@ def test_per_step_calls(m, monkeypatch):
     assert torch.equal(model.sample(x)[0], x) and not calls
 
 
-def test_rows_go_at_their_own_pace():
-    """A row whose first block is given begins with its second, while another begins with its first,
-    and both follow their own exact distributions."""
+def test_rows_take_their_blocks_together():
+    """A row whose first block is given waits until the other has filled its own, and both follow
+    their own exact distributions."""
     model, n = make(block_len=2, learn_order=True), 30_000
     z = torch.full((2 * n, 4), V)
     z[::2, :2] = torch.tensor([1, 2])
     x, at = model.sample(z, generator=torch.Generator().manual_seed(0))
-    assert at[::2, 2:].max() == 1 and at[1::2].max() == 3
+    assert at[::2, 2:].min() == 2 == at[1::2, 2:].min() and at.max() == 3
     for rows, given in [(slice(0, None, 2), {0: 1, 1: 2}), (slice(1, None, 2), {})]:
         all_x = torch.tensor(
             [t for t in texts(4).tolist() if all(t[i] == v for i, v in given.items())]
@@ -620,6 +620,43 @@ def test_rows_go_at_their_own_pace():
         common = n * probs > 6
         assert counts.sum() == n and probs[~common].sum() < 0.02
         assert chi_square(counts[common], probs[common] / probs[common].sum()) < 4
+
+
+GAPS = torch.tensor([[V] * 6, [1, 2] + [V] * 4, [V, 0, 1, V, V, 2], [2, 1, 0, V, V, V], [0] * 6])
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+@pytest.mark.parametrize("z", [GAPS, GAPS[1:2], GAPS[2:3]], ids=["rows", "prompt", "gaps"])
+@pytest.mark.parametrize(
+    "kw", [dict(block_len=1), dict(block_len=2), dict(block_len=3, learn_order=True), dict()]
+)
+def test_cached_samples_are_those_without_a_cache(kw, z, per_step, monkeypatch):
+    """And no place is read twice that was finished; one block has nothing to keep."""
+    model, read = make(L=6, **kw), []
+    forward = lomdm.Block.forward
+
+    def spy(self, h, *a, **more):
+        read.append(h.shape[1])
+        return forward(self, h, *a, **more)
+
+    monkeypatch.setattr(lomdm.Block, "forward", spy)
+    generator = torch.Generator()
+    want = model.sample(z, 1.3, None, per_step, generator.manual_seed(7), cache=False)
+    each = len(model.blocks) + kw.get("learn_order", False)  # passes of blocks in a call
+    plain = read[::each]
+    read.clear()
+    got = model.sample(z, 1.3, None, per_step, generator.manual_seed(7))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    cached = read[::each]
+    assert len(cached) == len(plain)
+    K = kw.get("block_len", 6)
+    if K == 1:
+        assert sum(cached) == max(plain)  # each place once
+    elif K < 6:
+        assert sum(cached) <= sum(plain) and max(cached[1:], default=0) <= 2 * K
+        assert sum(cached) < sum(plain) or len(plain) < 3
+    else:
+        assert cached == plain
 
 
 @every_model
