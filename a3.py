@@ -95,7 +95,7 @@ class Config:
         self.head_dim = C // H if self.head_dim is None else self.head_dim
         self.n_kv_head = H if self.n_kv_head is None else self.n_kv_head
         self.hidden = 32 * math.ceil(8 * C / 3 / 32) if self.hidden is None else self.hidden
-        if H % self.n_kv_head or self.head_dim % 2:
+        if self.n_kv_head < 1 or H % self.n_kv_head or self.head_dim % 2:
             raise ValueError(f"n_kv_head must divide n_head ({H}), and head_dim must be even")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
@@ -501,6 +501,7 @@ class A3(nn.Module):
         try:
             theirs = json.loads((folder / "config.json").read_text("utf-8"))
             model = cls(Config(**(llama_config(theirs, seq_len) | changes)))
+            kv = model.config.n_kv_head * model.config.head_dim
             names, index = {"": "model.safetensors"}, folder / "model.safetensors.index.json"
             if index.is_file():
                 names = json.loads(index.read_text("utf-8"))["weight_map"]
@@ -511,7 +512,10 @@ class A3(nn.Module):
                 where = f"model.layers.{layer[2]}." if layer[2:] else ""
                 parts = [f"{where}{their}.{kind}" for their in LLAMA_PARTS.get(part, ())]
                 if parts:
-                    rows = torch.cat([files.pop(their).get_tensor(their) for their in parts])
+                    rows = [files.pop(their).get_tensor(their) for their in parts]
+                    if part == "qkv" and not len(rows[1]) == len(rows[2]) == kv:
+                        raise ValueError(f"{parts[1]} and {parts[2]} must have {kv} rows")
+                    rows = torch.cat(rows)
                     n = model.config.vocab_size if part in ("wte", "lm_head") else len(p)
                     if len(rows) != n or rows.shape[1:] != p.shape[1:]:
                         raise ValueError(f"{parts} is {tuple(rows.shape)}, not {tuple(p.shape)}")
@@ -519,7 +523,7 @@ class A3(nn.Module):
             spare = "rotary_emb.inv_freq", "lm_head.weight" if model.config.tied else "inv_freq"
             if files := [name for name in files if not name.endswith(spare)]:
                 raise ValueError(f"no place for {files[0]} in this model")
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+        except (*BAD, SafetensorError) as e:
             raise ValueError(f"{folder} cannot be loaded: {type(e).__name__} {e}") from None
         model.query[:] = model.wte.weight.mean(0)
         if model.wpe is not None:
@@ -527,6 +531,7 @@ class A3(nn.Module):
         return model
 
 
+BAD = OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError
 LLAMA_PARTS = {
     "wte": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
     "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
@@ -536,12 +541,19 @@ LLAMA_PARTS = {
 }  # fmt: skip
 
 
+LLAMA_3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+
+
 def llama_config(c, seq_len):
     """Hugging Face's config.json, in its older or newer form, as fields of Config."""
     kind, L = c["model_type"], seq_len or c["max_position_embeddings"]
     rope = {"rope_theta": c.get("rope_theta", 1e4)} | (c.get("rope_scaling") or {})
     rope |= c.get("rope_parameters") or {}
     turn = rope.get("rope_type", rope.get("type", "default"))
+    partial, bos = (
+        rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)),
+        c.get("bos_token_id"),
+    )
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     missing = {
         f"model_type {kind}": kind not in ("llama", "mistral", "qwen2", "qwen3"),
@@ -549,6 +561,8 @@ def llama_config(c, seq_len):
         f"a sliding_window of {window}, below {L} tokens,": window and window < L,
         "attention_bias or mlp_bias": c.get("attention_bias") or c.get("mlp_bias"),
         f"hidden_act {c.get('hidden_act')}": c.get("hidden_act") not in (None, "silu"),
+        f"partial_rotary_factor {partial}": partial != 1,
+        f"bos_token_id {bos}": bos is not None and bos not in range(c["vocab_size"]),
     }
     if any(missing.values()):
         raise ValueError(f"{next(what for what in missing if missing[what])} is not supported")
@@ -557,8 +571,8 @@ def llama_config(c, seq_len):
         n_head=c["num_attention_heads"], n_embd=c["hidden_size"], hidden=c["intermediate_size"],
         n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim"),
         norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
-        start_id=c.get("bos_token_id"), rope_base=rope["rope_theta"],
-        rope_scaling=rope if turn == "llama3" else None,
+        start_id=bos, rope_base=rope["rope_theta"],
+        rope_scaling={name: rope[name] for name in LLAMA_3} if turn == "llama3" else None,
         qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
     )  # fmt: skip
 

@@ -245,6 +245,31 @@ MISTAKES = {
     "biases": (lambda f: edit_config(f, attention_bias=True), "attention_bias or mlp_bias is not"),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act gelu is not supported"),
     "impossible heads": (lambda f: edit_config(f, num_key_value_heads=3), "n_kv_head must divide"),
+    "no heads": (lambda f: edit_config(f, num_key_value_heads=0), "n_kv_head must divide"),
+    "several starts": (lambda f: edit_config(f, bos_token_id=[1, 2]), "bos_token_id [1, 2] is not"),
+    "a start beyond the words": (
+        lambda f: edit_config(f, bos_token_id=50),
+        "bos_token_id 50 is not",
+    ),
+    "half of a scaling": (
+        lambda f: edit_config(
+            f, rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)
+        ),
+        "KeyError 'low_freq_factor'",
+    ),
+    "some channels turned": (
+        lambda f: edit_config(f, partial_rotary_factor=0.5),
+        "partial_rotary_factor 0.5 is not",
+    ),
+    "rows from q to k": (
+        lambda f: (put(Q, 24, 32)(f), put(Q.replace("q_proj", "k_proj"), 24, 32)(f)),
+        "must have 16 rows",
+    ),
+    "an index that is a list": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        "AttributeError",
+    ),
+    "as many rows as words": (put("model.layers.0.mlp.down_proj.weight", 50, 40), "is (50, 40)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "wrong size": (lambda f: edit_config(f, hidden_size=64), "not (50, 64)"),
     "wrong number of rows": (put(Q, 40, 32), r"is (72, 32), not (64, 32)"),
