@@ -83,7 +83,7 @@ class Config:
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3
     learn_order: bool = False  # (7)
-    explore: float = 0.05  # share of texts, see Order.explore()
+    random_share: float = 0.0  # of texts that (7) reads in random order, to keep the others alive
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd"):
@@ -448,7 +448,7 @@ class A3(nn.Module):
         self.check(x, x)
         B, L = x.shape
         slope, local, expected = self.order(self.whole_text(x))
-        noise, variance = self.order.explore(B)  # (B, 1) each
+        noise, score = self.order.explore(slope.detach())  # (B, 1) each
         s = -(slope + local + noise).cumsum(1)
         order = race(s.detach())  # (B, L)
         nll, log_q_hat, log_q = self.order_terms(x, order, s, noise[..., None])
@@ -460,7 +460,7 @@ class A3(nn.Module):
             excess = (excess - excess.mean(0)) * B / max(1, B - 1)  # less the others' mean
             to_come = excess.flip(1).cumsum(1).flip(1)
         choices = log_race(-(slope.detach() + local + noise).cumsum(1), order)
-        stein = to_come[:, :1] * noise / variance * slope  # (B, 1)
+        stein = to_come[:, :1] * score * slope  # (B, 1)
         reinforce = (to_come * choices).mean() + stein.mean() / L
         loss = nelbo + reinforce + (nll.detach() - expected).square().mean()
         metrics = dict(nelbo=nelbo, recon=nll.mean(), order=guess.mean(), slope=slope.mean())
@@ -653,18 +653,19 @@ class Order(nn.Module):
     """(7) Log-weights as running sums, step i of which says by how much i comes before i + 1:
         s_j = - sum_{i <= j} speed (a + b_i + g_i(x)), and s_hat_j with g_hat_i(x_revealed) for g_i
     a is the slope of all texts, left to right if positive; b, too, is the same for all; g reads the
-    text, g_hat what is revealed. All begin at zero, the uniform order. An optimiser moves a number
-    by its learning rate a step, at most: hence speed, for an order that pays to be found soon.
-    Give a and b an Adam with eps = 10, g one with 10 / n_embd, and do not clip their gradients: so
-    they move by evidence, not by the noise that Adam blows up where there is none."""
+    text, g_hat what is revealed. At first the slope is 1/2, so that left to right wins a tie, and
+    all else 0. An optimiser moves a number by its learning rate a step, at most: hence speed.
+    Give a and b an Adam with eps = 0.3, g one with 0.3 / n_embd, and do not clip their gradients:
+    so they move by evidence, not by the noise that Adam blows up where there is none. And let them
+    wait for the network: what is easy to learn first is not what is best."""
 
     speed = 80.0
 
     def __init__(self, config):
         super().__init__()
         C, L = config.n_embd, config.seq_len
-        self.tried = config.explore
-        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(L))
+        self.random_share = config.random_share
+        self.a, self.b = nn.Parameter(torch.ones(1) / 2 / self.speed), nn.Parameter(torch.zeros(L))
         self.g = nn.Linear(C, 1, bias=False)
         self.g_hat = nn.Linear(C, L, bias=False)
         self.cost = nn.Linear(C, 1)
@@ -686,12 +687,12 @@ class Order(nn.Module):
         g_hat = self.g_hat(content.detach()).type_as(self.b) / content.shape[-1]
         return -(self.speed * (self.a + self.b + g_hat) + noise).cumsum(-1)
 
-    def explore(self, B):
-        """How far off its slope each text is read, and the variance of that, (B, 1) each. Some are
-        read at any slope: evidence against an order that was chosen too soon."""
-        u, z = torch.rand(B, 1, device=self.b.device), torch.randn(B, 1, device=self.b.device)
-        sigma = torch.where(u < self.tried, 8.0, 1.0)
-        return sigma * z, sigma**2
+    def explore(self, slope):
+        """How far off its slope (B, 1) each text is read: a normal number, the larger the less is
+        decided, or what makes its order random. And noise / variance, for Stein's lemma."""
+        z, at_random = torch.randn_like(slope), torch.rand_like(slope) < self.random_share
+        sigma = 1 + 2 * torch.exp(-(slope**2))
+        return torch.where(at_random, -slope, sigma * z), torch.where(at_random, 0.0, z / sigma)
 
 
 def log_race(s, order):

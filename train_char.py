@@ -75,7 +75,7 @@ MODELS = {  # class; what its Config has fixed, and from flags; figures, the fir
     "block": ("lomdm.LoMDM", dict(), ("block_len",), BOUND),
     "lomdm": ("lomdm.LoMDM", dict(learn_order=True), ORDER, BOUND),
     "a3": ("a3.A3", dict(), ("left_neighbour",), EXACT | FOURS),
-    "loa3": ("a3.A3", dict(learn_order=True), ("left_neighbour", "explore"), BOUND | EXACT),
+    "loa3": ("a3.A3", dict(learn_order=True), ("left_neighbour", "random_share"), BOUND | EXACT),
     "mdm-by-time": ("experiments.by_time.ByTime", dict(), (), BOUND),  # the papers' estimator
     "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER, BOUND),
 }  # fmt: skip
@@ -118,7 +118,7 @@ class Settings:
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
-    explore: float = flag(0.05, "share of texts read in orders that do not pay", only="loa3")
+    random_share: float = flag(0.0, "of texts read in random order", least=0, below=1, only="loa3")
     # optimisation
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
     gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
@@ -220,7 +220,7 @@ def train(s, device, corpus, model, ckpt, about):
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
     groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
     for p in choices:  # a large eps: they move by evidence, where Adam by itself blows up noise
-        groups.append(dict(params=[p], weight_decay=0.0, eps=10.0 / (p.shape[1:] or (1,))[0]))
+        groups.append(dict(params=[p], weight_decay=0.0, eps=0.3 / (p.shape[1:] or (1,))[0]))
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
@@ -248,8 +248,8 @@ def train(s, device, corpus, model, ckpt, about):
                 each.append(torch.stack(list(metrics.values())))
             processes.average_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group in optimizer.param_groups:  # an order is chosen once the network knows some
+                group["lr"] = lr if group["eps"] < 1e-3 or step >= 2 * s.warmup_iters else 0.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if s.ema:  # the average begins with the weights after the first step
