@@ -653,8 +653,8 @@ class Order(nn.Module):
     """(7) Log-weights as running sums, step i of which says by how much i comes before i + 1:
         s_j = - sum_{i <= j} speed (a + b_i + g_i(x)), and s_hat_j with g_hat_i(x_revealed) for g_i
     a is the slope of all texts, left to right if positive; b, too, is the same for all; g reads the
-    text, g_hat what is revealed. At first the slope is 1/2, so that left to right wins a tie, and
-    all else 0. An optimiser moves a number by its learning rate a step, at most: hence speed.
+    text, g_hat what is revealed. At first the slope is 1, so that left to right wins a tie, and all
+    else 0. An optimiser moves a number by its learning rate a step, at most: hence speed.
     Give a and b an Adam with eps = 0.3, g one with 0.3 / n_embd, and do not clip their gradients:
     so they move by evidence, not by the noise that Adam blows up where there is none. And let them
     wait for the network: what is easy to learn first is not what is best."""
@@ -665,7 +665,7 @@ class Order(nn.Module):
         super().__init__()
         C, L = config.n_embd, config.seq_len
         self.random_share = config.random_share
-        self.a, self.b = nn.Parameter(torch.ones(1) / 2 / self.speed), nn.Parameter(torch.zeros(L))
+        self.a, self.b = nn.Parameter(torch.ones(1) / self.speed), nn.Parameter(torch.zeros(L))
         self.g = nn.Linear(C, 1, bias=False)
         self.g_hat = nn.Linear(C, L, bias=False)
         self.cost = nn.Linear(C, 1)
@@ -691,7 +691,7 @@ class Order(nn.Module):
         """How far off its slope (B, 1) each text is read: a normal number, the larger the less is
         decided, or what makes its order random. And noise / variance, for Stein's lemma."""
         z, at_random = torch.randn_like(slope), torch.rand_like(slope) < self.random_share
-        sigma = 1 + 2 * torch.exp(-(slope**2))
+        sigma = 1 + 7 * torch.exp(-((slope / 3) ** 2))
         return torch.where(at_random, -slope, sigma * z), torch.where(at_random, 0.0, z / sigma)
 
 

@@ -249,7 +249,7 @@ def train(s, device, corpus, model, ckpt, about):
             processes.average_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
             for group in optimizer.param_groups:  # an order is chosen once the network knows some
-                group["lr"] = lr if group["eps"] < 1e-3 or step >= 3 * s.warmup_iters else 0.0
+                group["lr"] = lr if group["eps"] < 1e-3 or step >= 2 * s.warmup_iters else 0.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if s.ema:  # the average begins with the weights after the first step

@@ -222,10 +222,10 @@ def test_steins_lemma_is_the_gradient_of_the_slope():
 
 def test_slopes_that_are_tried():
     """A quarter of the texts is read at slope 0, the others at slopes that are off by a normal
-    number, of standard deviation 3 at slope 0 and 1 at steep ones."""
+    number, of standard deviation 8 at slope 0 and 1 at steep ones."""
     torch.manual_seed(0)
     model = A3(Config(3, 4, 1, 2, 8, learn_order=True, random_share=0.25))
-    for m, sigma in ((1e-9, 3.0), (1.0, 1 + 2 / math.e), (-5.0, 1.0)):
+    for m, sigma in ((1e-9, 8.0), (3.0, 1 + 7 / math.e), (-30.0, 1.0)):
         slope = torch.full((100_000, 1), m)
         noise, score = model.order.explore(slope)
         flat = noise == -slope
@@ -233,7 +233,7 @@ def test_slopes_that_are_tried():
         assert (score[flat] == 0).all()
         assert torch.allclose(score[~flat], noise[~flat] / sigma**2)
         assert noise[~flat].std().item() == pytest.approx(sigma, rel=0.02)
-        assert noise[~flat].mean().abs() < 0.05
+        assert noise[~flat].mean().abs() < 0.02 * sigma
 
 
 def test_metrics_of_the_loss():
@@ -260,12 +260,12 @@ def test_order_does_not_shape_the_network():
 
 # ---- the two ends --------------------------------------------------------------------------------
 def test_a_new_order_costs_nothing():
-    """q = q_hat, of slope 1/2."""
+    """q = q_hat, of slope 1."""
     model = A3(Config(5, 6, 2, 2, 8, learn_order=True)).eval()
     x = torch.randint(5, (7, 6))
     log_q_hat, log_q = model.order_log_probs(x, random_groups(7, 6))
     assert torch.allclose(log_q, log_q_hat, rtol=0, atol=1e-6)
-    assert torch.allclose(model.order_weights(x), -0.5 * torch.arange(1, 7.0).expand(7, 6))
+    assert torch.allclose(model.order_weights(x), -torch.arange(1, 7.0).expand(7, 6))
 
 
 def test_a_uniform_order_is_that_of_a3():
