@@ -370,6 +370,53 @@ def test_several_a_call():
     assert (x < 3).all() and (at.sort(1).values == torch.tensor([0, 0, 0, 1])).all()
 
 
+# ---- the likelihood of a decoder -----------------------------------------------------------------
+RULES = ("left", "confidence", "entropy", "margin", "order")
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 3])
+@pytest.mark.parametrize("by", RULES)
+def test_what_a_decoder_may_write_sums_to_one(by, per_step):
+    model = make(4, 3)
+    log_p = model.decoder_log_prob(texts(4, 3), by, per_step)
+    assert log_p.shape == (81,)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-10)
+
+
+@pytest.mark.parametrize("by", RULES)
+def test_a_decoder_is_a_walk(by):
+    """One position at a time: look at all that is open, take the best, pay for its true token."""
+    model, x = make(4, 3, seed=5), texts(4, 3)[[7, 40, 66]]
+    for row in x:
+        done, total = [], 0.0
+        while len(done) < 4:
+            rest = [i for i in range(4) if i not in done]
+            groups = torch.full((1, 4), 9)  # what is open is one group, after what was taken
+            groups[0, done] = torch.arange(len(done))
+            log_p = model(row[None], groups)[0].log_softmax(-1)  # (4, 3)
+            p = log_p.exp().sort(-1, descending=True).values
+            s_hat = [model.order_log_probs(row[None], torch.tensor([[*done, i, *(j for j in rest
+                     if j != i)]]))[0][0, len(done)].item() for i in rest]  # fmt: skip
+            p, log_p_rest = p[rest], log_p[rest]
+            score = {
+                "left": [-i for i in rest],
+                "confidence": p[:, 0].tolist(),
+                "entropy": (log_p_rest.exp() * log_p_rest).sum(1).tolist(),
+                "margin": (p[:, 0] - p[:, 1]).tolist(),
+                "order": s_hat,
+            }[by]
+            best = score.index(max(score))
+            done.append(rest[best])
+            total += log_p[done[-1], row[done[-1]]].item()
+        got = model.decoder_log_prob(row[None], by)
+        assert got.item() == pytest.approx(total, abs=1e-9)
+
+
+def test_a_random_decoder_has_no_likelihood():
+    with pytest.raises(ValueError, match="nelbo"):
+        make().decoder_log_prob(torch.zeros(1, 4).long(), "random")
+
+
 # ---- what else it can ----------------------------------------------------------------------------
 def test_it_remains_an_a3():
     """Exact in any order, cached, and adapted from an ARM."""
