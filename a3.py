@@ -407,15 +407,13 @@ class A3(nn.Module):
 
     @torch.no_grad()
     def decoder_log_prob(self, x, by="left", per_step=1):
-        """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: its steps on the way to x
-        (B, L), and then (1) with these as groups. "order": the likeliest position by q_hat."""
+        """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: its steps on the way to
+        x (B, L), and (1) with these as groups. "order": always the likeliest position by q_hat."""
         if by == "random":
             raise ValueError("by 'random' takes other steps each time; nelbo() is their mean")
-        known, groups = (
-            torch.ones_like(x, dtype=torch.bool),
-            chunk_groups(*x.shape, per_step, x.device),
-        )
+        groups = chunk_groups(*x.shape, per_step, x.device)
         if by != "left":
+            known = torch.ones_like(x, dtype=torch.bool)
             _, groups = self.decode(x, torch.zeros_like(x), per_step, by, known=known)
         return self.log_prob(x, groups).sum(1)
 
