@@ -464,3 +464,20 @@ def test_bfloat16_is_close_to_float32():
         got = model.order_log_probs(x, order)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02)
+
+
+def test_loss_compiles_to_one_graph():
+    model, x = make(6, 3), torch.randint(3, (4, 6))
+    results = []
+    for loss_of in (
+        model.loss,
+        torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager"),
+    ):
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss, _ = loss_of(x)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 20
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
