@@ -447,7 +447,7 @@ class A3(nn.Module):
         self.check(x, order)
         return self.order_terms(x, order, self.order_weights(x))[1:]
 
-    def order_loss(self, x):
+    def order_loss(self, x, sigma=1.0):
         """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, plus terms
         whose gradient counts and whose value means nothing. Returns the loss and a dict of detached
         metrics; report metrics["nelbo"], the bound at the slopes that were tried.
@@ -456,11 +456,12 @@ class A3(nn.Module):
         those tokens, and less what the other texts paid at those steps. For the slope, which turns
         all choices at once, that is still mostly noise. So each text is read at a slope that is a
         bit off, for q and q_hat alike, and the slope follows the texts that did better, by Stein's
-        lemma: d E f(slope + noise) / d slope = E f(slope + noise) noise / variance."""
+        lemma: d E f(slope + noise) / d slope = E f(slope + noise) noise / variance. sigma is the
+        standard deviation of that noise: let it fall from 8, when both directions are tried."""
         self.check(x, x)
         B, L = x.shape
         slope, local, expected = self.order(self.whole_text(x))
-        noise, score = self.order.explore(slope.detach())  # (B, 1) each
+        noise, score = self.order.explore(slope.detach(), sigma)  # (B, 1) each
         s = -(slope + local + noise).cumsum(1)
         order = race(s.detach())  # (B, L)
         nll, log_q_hat, log_q = self.order_terms(x, order, s, noise[..., None])
@@ -699,11 +700,10 @@ class Order(nn.Module):
         g_hat = self.g_hat(content.detach()).type_as(self.b) / content.shape[-1]
         return -(self.speed * (self.a + self.b + g_hat) + noise).cumsum(-1)
 
-    def explore(self, slope):
-        """How far off its slope (B, 1) each text is read: a normal number, the larger the less is
-        decided, or what makes its order random. And noise / variance, for Stein's lemma."""
+    def explore(self, slope, sigma):
+        """How far off its slope (B, 1) each text is read: N(0, sigma^2), or what makes its order
+        random. And noise / variance, for Stein's lemma. (B, 1) each."""
         z, at_random = torch.randn_like(slope), torch.rand_like(slope) < self.random_share
-        sigma = 1 + 7 * torch.exp(-((slope / 3) ** 2))
         return torch.where(at_random, -slope, sigma * z), torch.where(at_random, 0.0, z / sigma)
 
 

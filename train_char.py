@@ -62,6 +62,12 @@ def train_groups(s, step, x):
     return curriculum(step, *x.shape, device=x.device), curriculum.stage(step)[1] == 1
 
 
+def explore(s, step, x):
+    """The noise of LoA3's slope: wide while the order waits, then it falls while one is chosen."""
+    done = (step - 2 * s.warmup_iters) / max(1, 2 * s.warmup_iters)
+    return (torch.tensor(8 - 7 * min(1.0, max(0.0, done)), device=x.device),)
+
+
 SIZES, ORDERED = ("seq_len", "n_layer", "n_head", "n_embd"), "lomdm lomdm-by-time"
 BOUND, ORDER = dict(bound=bound), ("block_len", "weights", "c1", "c2")
 EXACT = {
@@ -79,7 +85,7 @@ MODELS = {  # class; what its Config has fixed, and from flags; figures, the fir
     "mdm-by-time": ("experiments.by_time.ByTime", dict(), (), BOUND),  # the papers' estimator
     "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER, BOUND),
 }  # fmt: skip
-INPUTS = {"a3": train_groups}  # what the loss takes besides x, if anything
+INPUTS = {"a3": train_groups, "loa3": explore}  # what the loss takes besides x, if anything
 CHOICES = ("order.a", "order.b", "order.g.weight")  # of loa3: gradients by REINFORCE, not clipped
 
 
@@ -232,7 +238,8 @@ def train(s, device, corpus, model, ckpt, about):
     saved_at = step
     if step >= s.max_iters:
         print(f"already at step {step}; a larger --max_iters goes on")
-    loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
+    loss_of = model.order_loss if s.model == "loa3" else model.loss
+    loss_of = torch.compile(loss_of, dynamic=False) if s.compile else loss_of
     inputs, M = INPUTS.get(s.model, lambda *_: ()), s.gradient_accumulation_steps
     pending, began = [], time.perf_counter()  # the numbers since the last log line
     bar = tqdm(total=s.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0)

@@ -169,7 +169,7 @@ def cost_of(model, x, noise):
 
 
 def tried(monkeypatch, model, noise, variance):
-    monkeypatch.setattr(model.order, "explore", lambda slope: (noise, noise / variance))
+    monkeypatch.setattr(model.order, "explore", lambda slope, sigma: (noise, noise / variance))
 
 
 def test_expected_gradient_of_the_loss_is_that_of_the_bound(monkeypatch):
@@ -222,12 +222,12 @@ def test_steins_lemma_is_the_gradient_of_the_slope():
 
 def test_slopes_that_are_tried():
     """A quarter of the texts is read at slope 0, the others at slopes that are off by a normal
-    number, of standard deviation 8 at slope 0 and 1 at steep ones."""
+    number."""
     torch.manual_seed(0)
     model = A3(Config(3, 4, 1, 2, 8, learn_order=True, random_share=0.25))
-    for m, sigma in ((1e-9, 8.0), (3.0, 1 + 7 / math.e), (-30.0, 1.0)):
-        slope = torch.full((100_000, 1), m)
-        noise, score = model.order.explore(slope)
+    for sigma in (8.0, 1.0):
+        slope = torch.full((100_000, 1), 3.0)
+        noise, score = model.order.explore(slope, sigma)
         flat = noise == -slope
         assert flat.double().mean().item() == pytest.approx(0.25, abs=0.005)
         assert (score[flat] == 0).all()
