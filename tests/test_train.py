@@ -80,7 +80,7 @@ def test_training_learns_and_samples(work, capsys, model):
     elif model != "a3":
         assert rows[1]["nelbo"] == pytest.approx(rows[1]["recon"] + rows[1]["order"], rel=1e-5)
     flags = ["--device", "cpu", "--num_samples", "2"]
-    sample.main([*flags, "--infill", "ot\nto __ or _ot"])
+    sample.main([*flags, "--temperature", "0", "--infill", "ot\nto __ or _ot"])
     out = capsys.readouterr().out
     assert out.count("--- sample") == 2
     for text in out.split("--- sample")[1:]:
