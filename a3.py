@@ -276,8 +276,8 @@ class A3(nn.Module):
         slots = F.pad(order[:, :-1] + 1, (1, 0))
         if single is None:
             single = bool((rank[:, 1:] > rank[:, :-1]).all())
-        content, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
-        sees = (causal, causal) if single else who_sees(content, content, rank)
+        before, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
+        sees = (causal, causal) if single else who_sees(before, before, rank)
         h, content = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
         return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h)), content
 
@@ -291,11 +291,11 @@ class A3(nn.Module):
         h, _ = self.features(x, groups, single)
         return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
-    def loss(self, x, groups=None, single=None):
+    def loss(self, x, groups=None, single=None, sigma=1.0):
         """Nats per predicted token, and a dict of detached metrics, as lomdm.py has it. Without
-        groups: of the learned order, see order_loss()."""
+        groups: of the learned order, with sigma, see order_loss()."""
         if groups is None:
-            return self.order_loss(x)
+            return self.order_loss(x, sigma)
         predicted = (groups >= 0).sum()
         loss = -self.log_prob(x, groups, single).sum() / predicted.clamp(min=1)
         return loss, {"nelbo": loss.detach()}
@@ -433,7 +433,8 @@ class A3(nn.Module):
 
     def order_terms(self, x, order, s, noise=0.0):
         """The parts of (7) for texts x, order and log-weights s, (B, L) each: -log p of each
-        position, log q_hat and log q of each step. order[:, k] is what step k reveals."""
+        position, log q_hat and log q of each step. order[:, k] is what step k reveals. noise
+        (B, 1, 1): see Order.guess()."""
         h, content = self.features(x, order.argsort(dim=1), single=True)
         nll = self.nll(h.flatten(0, 1), x.flatten()).view_as(x)
         s_hat = self.order.guess(content, noise)[..., : x.shape[1]]  # (B, step, position)
@@ -695,8 +696,8 @@ class Order(nn.Module):
         return self.speed * (self.a + mean), self.speed * (self.b[: g.shape[1]] + g - mean), cost
 
     def guess(self, content, noise=0.0):
-        """content (B, n, n_embd) that knows what is revealed -> s_hat (B, n, seq_len). noise: on
-        every step, as in s, see A3.order_loss()."""
+        """content (B, n, n_embd) that knows what is revealed -> s_hat (B, n, seq_len). noise
+        (B, 1, 1): what the slope is off by, in s as well, see A3.order_loss()."""
         g_hat = self.g_hat(content.detach()).type_as(self.b) / content.shape[-1]
         return -(self.speed * (self.a + self.b + g_hat) + noise).cumsum(-1)
 

@@ -57,15 +57,16 @@ def bound(model, x, draws, generator, **how):
 
 
 def train_groups(s, step, x):
-    """What A3's loss takes besides x: groups, and whether all have one token."""
+    """Groups for A3, and whether all have one token."""
     curriculum = a3.Curriculum(s.lr_decay_iters, s.shares, s.group_size)
-    return curriculum(step, *x.shape, device=x.device), curriculum.stage(step)[1] == 1
+    groups = curriculum(step, *x.shape, device=x.device)
+    return dict(groups=groups, single=curriculum.stage(step)[1] == 1)
 
 
 def explore(s, step, x):
     """The noise of LoA3's slope: wide while the order waits, then it falls while one is chosen."""
     done = (step - 2 * s.warmup_iters) / max(1, 2 * s.warmup_iters)
-    return (torch.tensor(8 - 7 * min(1.0, max(0.0, done)), device=x.device),)
+    return dict(sigma=torch.tensor(8 - 7 * min(1.0, max(0.0, done)), device=x.device))
 
 
 SIZES, ORDERED = ("seq_len", "n_layer", "n_head", "n_embd"), "lomdm lomdm-by-time"
@@ -169,6 +170,9 @@ def settle(s, device, like=None):
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
     refuse(whole, f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm")
     refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
+    refuse(
+        s.seq_len % (s.text_len or 1), f"--seq_len must hold whole texts, of {s.text_len} tokens"
+    )
     refuse(s.model == "loa3" and s.batch_size < 2, "loa3 compares texts: --batch_size 2 at least")
     uneven = f"{s.gradient_accumulation_steps} must be divisible by the {WORLD} processes"
     refuse(s.gradient_accumulation_steps % WORLD, f"--gradient_accumulation_steps {uneven}")
@@ -226,7 +230,8 @@ def train(s, device, corpus, model, ckpt, about):
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
     groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
     for p in choices:  # a large eps: they move by evidence, where Adam by itself blows up noise
-        groups.append(dict(params=[p], weight_decay=0.0, eps=0.3 / (p.shape[1:] or (1,))[0]))
+        eps = 0.3 / (p.shape[1:] or (1,))[0]  # g is divided by n_embd, and so is its gradient
+        groups.append(dict(params=[p], weight_decay=0.0, eps=eps, waits=True))
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
@@ -238,9 +243,8 @@ def train(s, device, corpus, model, ckpt, about):
     saved_at = step
     if step >= s.max_iters:
         print(f"already at step {step}; a larger --max_iters goes on")
-    loss_of = model.order_loss if s.model == "loa3" else model.loss
-    loss_of = torch.compile(loss_of, dynamic=False) if s.compile else loss_of
-    inputs, M = INPUTS.get(s.model, lambda *_: ()), s.gradient_accumulation_steps
+    loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
+    inputs, M = INPUTS.get(s.model, lambda *_: {}), s.gradient_accumulation_steps
     pending, began = [], time.perf_counter()  # the numbers since the last log line
     bar = tqdm(total=s.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     model.train()
@@ -250,13 +254,14 @@ def train(s, device, corpus, model, ckpt, about):
             for m in range(RANK, M, WORLD):  # the micro-batches of this process
                 x = get_batch(s, corpus.train, step, m, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-                    loss, metrics = loss_of(x, *inputs(s, step, x))
+                    loss, metrics = loss_of(x, **inputs(s, step, x))
                 (loss * WORLD / M).backward()
                 each.append(torch.stack(list(metrics.values())))
             processes.average_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
             for group in optimizer.param_groups:  # an order is chosen once the network knows some
-                group["lr"] = lr if group["eps"] < 1e-3 or step >= 2 * s.warmup_iters else 0.0
+                waits = "waits" in group and step < 2 * s.warmup_iters
+                group["lr"] = 0.0 if waits else lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if s.ema:  # the average begins with the weights after the first step

@@ -246,37 +246,46 @@ def test_validation_windows_are_spread(work, monkeypatch):
     assert [row[0] for row in seen] == [*range(0, 40, 4)] and mean == val[:40].mean()
 
 
-def test_a3_figures_are_exact(work):
-    """In random order, left to right, and in random groups of 4."""
-    train("--model a3 --max_iters 3 --eval_draws 2")
+@pytest.mark.parametrize(
+    "name,sizes",
+    [
+        (
+            "a3",
+            {"exact, random order": 1, "exact, left to right": 0, "exact, random groups of 4": 4},
+        ),
+        ("loa3", {"bound": None, "exact, random order": 1, "exact, left to right": 0}),
+    ],
+)
+def test_figures_of_two_streams_are_what_they_say(work, name, sizes):
+    train(f"--model {name} --max_iters 3 --eval_draws 2")
     ckpt, model = checkpoints.load("out/ckpt.pt", train_char.make_model)
     s = train_char.Settings(**ckpt["settings"])
     val = data.load("text.txt", folder="tokens").val
     found = train_char.estimate_loss(model.eval(), val, s, torch.device("cpu"))
+    assert [figure for figure, _, _ in found] == list(sizes)
     x = torch.from_numpy(val.astype("int64"))[:288].view(18, 16)
-    for (_, mean, _), size in zip(found, (1, 0, 4), strict=True):
-        g = torch.Generator().manual_seed(1)
-        groups = [a3.random_groups(18, 16, size, g) if size else a3.chunk_groups(18, 16)]
-        groups += [a3.random_groups(18, 16, size, g)] if size else []
-        nats = torch.stack([-model.log_prob(x, some).mean() for some in groups])
-        assert mean == pytest.approx(nats.mean().item(), rel=1e-5)
+    for (_, mean, _), size in zip(found, sizes.values(), strict=True):
+        g, nats = torch.Generator().manual_seed(1), []
+        for _ in range(2):
+            if size is None:
+                order = a3.race(model.order_weights(x), g)
+                log_q_hat, log_q = model.order_log_probs(x, order)
+                nats.append((log_q - log_q_hat - model.log_prob(x, order.argsort(1))).mean())
+            else:
+                groups = a3.random_groups(18, 16, size, g) if size else a3.chunk_groups(18, 16)
+                nats.append(-model.log_prob(x, groups).mean())
+        assert mean == pytest.approx(torch.stack(nats).mean().item(), rel=1e-5)
 
 
-def test_loa3_figures_are_what_they_say(work):
-    """The bound of its own order, then exact in random order and left to right."""
-    train("--model loa3 --max_iters 3 --eval_draws 2")
-    ckpt, model = checkpoints.load("out/ckpt.pt", train_char.make_model)
-    s = train_char.Settings(**ckpt["settings"])
-    val = data.load("text.txt", folder="tokens").val
-    found = train_char.estimate_loss(model.eval(), val, s, torch.device("cpu"))
-    assert [figure for figure, _, _ in found] == [
-        "bound", "exact, random order", "exact, left to right",
-    ]  # fmt: skip
-    x = torch.from_numpy(val.astype("int64"))[:288].view(18, 16)
-    for (_, mean, _), how in zip(found, ({}, {"size": 1}, {"size": 0}), strict=True):
-        g = torch.Generator().manual_seed(1)
-        want = model.nelbo(x, 2, generator=g, **how).mean().item() / 16
-        assert mean == pytest.approx(want, rel=1e-5)
+@pytest.mark.parametrize("warmup_iters,moves", [(2, False), (1, True)])
+def test_an_order_waits_for_two_warm_ups(work, warmup_iters, moves):
+    """At any width: 3 steps are fewer than 2 x 2, more than 2 x 1."""
+    width = "--n_embd 512 --learning_rate 0.1"
+    train(f"--model loa3 --max_iters 3 --warmup_iters {warmup_iters} {width}")
+    model = checkpoint("out/last.pt")["model"]
+    assert (model["order.a"] != torch.ones(1) / 80).all() == moves
+    assert model["order.b"].any() == moves and model["order.g.weight"].any() == moves
+    assert model["order.g_hat.weight"].any()  # that is no choice
 
 
 def test_choices_move_by_evidence(work, monkeypatch):
@@ -334,6 +343,11 @@ def test_what_is_no_list_of_texts(work, flags):
     Path("b.txt").write_text("or not\n" * 100)
     with pytest.raises(UserError, match="no list of texts of --text_len"):
         train(f"{flags} --text_len {16 if '17' in flags else 13} --max_iters 1", base=TINY)
+
+
+def test_windows_hold_whole_texts(work):
+    with pytest.raises(UserError, match="--seq_len must hold whole texts, of 68 tokens"):
+        train("--data automaton --seq_len 70 --max_iters 1", base=TINY)
 
 
 def test_films_are_lists_of_texts(work):
