@@ -342,7 +342,8 @@ def test_what_is_no_list_of_texts(work, flags):
     Path("text.txt").write_text("to be or not\n" * 170)  # 17 times 130
     Path("b.txt").write_text("or not\n" * 100)
     with pytest.raises(UserError, match="no list of texts of --text_len"):
-        train(f"{flags} --text_len {16 if '17' in flags else 13} --max_iters 1", base=TINY)
+        n = 16 if "17" in flags else 13
+        train(f"{flags} --text_len {n} --seq_len {n} --max_iters 1", base=TINY)
 
 
 def test_windows_hold_whole_texts(work):
