@@ -11,7 +11,8 @@ Cut the positions of a text x (B, L) into groups G_1, .., G_K, in the order of t
 
 `groups` (B, L) long holds the rank of each position's group, a partition of its own for every row.
 Only the order of the numbers counts. A negative one marks a given token, which is not predicted:
-given tokens are read first, one by one from left to right, like a prompt. Everything is in nats.
+given tokens are read first, one by one, from left to right where their numbers are the same, like a
+prompt. Everything is in nats.
 
 (1) The likelihood. Tokens of a group see the groups before, not each other:
         log p(x) = sum_k sum_{i in G_k} log p(x_i | x_{G_1}, .., x_{G_{k-1}})   -> A3.log_prob()
@@ -40,21 +41,19 @@ given tokens are read first, one by one from left to right, like a prompt. Every
     What is chosen together becomes one group, as in training.                  -> A3.decode()
 
 (6) Progressive adaptation. Start from an ARM, ours or a LLaMA, whose weights fit both streams, and
-    go from one token left to right, over growing chunks, to random partitions. -> Curriculum
+    go from one token left to right, over growing chunks, to random partitions. -> curriculum()
 
 (7) A learned order, as in LoMDM (arXiv:2602.02112), but on two streams, which score all steps of an
-    order in one pass: both papers in one, and in neither. An order is drawn from q, a race with
-    log-weights s(x) that see the text; the model guesses the next position from what is revealed:
-        p(x) = sum_order prod_k q_hat(order_k | x_{order_<k}) p(x_{order_k} | x_{order_<k})
-        -log p(x) <= E_q sum_k [ -log p(x_{order_k} | ..)                                      recon
-                                 + log q(order_k | ..) - log q_hat(order_k | ..) ]   -> order_loss()
+    order in one pass: both papers in one, and in neither. Order and text are drawn one after the
+    other; to train, an order is drawn by q, which has seen the text:               -> Order
+        p(x) = sum_order q_hat(order) prod_k p(x_{order_k} | x_{order_<k})
+        -log p(x) <= E_q sum_k [ -log p(x_{order_k} | x_{order_<k})                            recon
+                    + log q(order_k | .., x) - log q_hat(order_k | ..) ]  order     -> order_loss()
     With q and q_hat uniform it is (1) for random orders, with infinitely steep weights the ARM.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -97,8 +96,8 @@ class Config:
         self.hidden = 32 * math.ceil(8 * C / 3 / 32) if self.hidden is None else self.hidden
         if self.n_kv_head < 1 or H % self.n_kv_head or self.head_dim % 2:
             raise ValueError(f"n_kv_head must divide n_head ({H}), and head_dim must be even")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if not (0 <= self.dropout < 1 and 0 <= self.random_share < 1):
+            raise ValueError("dropout and random_share must be in [0, 1)")
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -113,6 +112,12 @@ def random_groups(B, L, size=1, generator=None, device=None):
     """A random order, one for each row, cut into groups of `size`: groups (B, L) long."""
     place = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)  # a permutation
     return chunk_groups(B, L, size, device).gather(1, place)
+
+
+def ranks(groups):
+    """groups (B, L) where each given token has a number of its own, below 0, in reading order."""
+    place = groups.argsort(dim=1, stable=True).argsort(dim=1)  # 0 .. L - 1
+    return torch.where(groups < 0, place - groups.shape[1], groups)
 
 
 def who_sees(keys, content, queries):
@@ -229,14 +234,13 @@ class A3(nn.Module):
     def left_of(self, x, before):
         """The token on the left of each position (B, L), the start token for the first one, and -1
         where it may not be seen: where before (B, L - 1) is False."""
-        left = F.pad(x[:, :-1].masked_fill(~before, -1), (1, 0), value=self.start_id)
+        left = F.pad(x[..., :-1].masked_fill(~before, -1), (1, 0), value=self.start_id)
         return left if self.config.left_neighbour else torch.full_like(left, -1)
 
     def streams(self, tokens, slots, left, positions, sees, cache=None):
         """Both streams through all layers: content of tokens (B, n) in their slots (B, n), queries
         for positions (B, m) and what is left of them (B, m). sees: see who_sees(), for the keys of
-        these n or of all in the cache. Returns the queries' final states (B, m, n_embd), and the
-        content (B, n, n_embd) as the last layer reads it."""
+        these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
         n, m = sizes = slots.shape[1], positions.shape[1]
         h = self.wte(torch.cat((tokens, left.clamp(min=0)), dim=1))  # (B, n + m, C)
         h = torch.where(F.pad(left < 0, (n, 0))[..., None], self.query, h)
@@ -251,11 +255,10 @@ class A3(nn.Module):
             if cache is not None:
                 k, v = remember(cache, layer, k, v)
             if layer == self.config.n_layer - 1:  # nobody reads the content any more
-                content = u[:, :n]
                 h, u, cos, sin = h[:, n:], u[:, n:], cos[:, :, n:], sin[:, :, n:]
                 sizes, sees = (m,), sees[1:]
             h = block(h, u, k, v, (cos, sin), sizes, sees)
-        return self.norm(h), content
+        return self.norm(h)
 
     def logits(self, h):
         """(..., n_embd) -> (..., V), float32 at least: bfloat16 is too coarse for likelihoods."""
@@ -263,12 +266,10 @@ class A3(nn.Module):
         return logits.to(torch.promote_types(self.wte.weight.dtype, torch.float32))
 
     def features(self, x, groups, single=None):
-        """(3) The final query states (B, L, n_embd), each in its place, and what the content knows
-        before each of them (B, L, n_embd), sorted. single: whether every group has one token; None
+        """(3) The final query states (B, L, n_embd). single: does every group have one token? None
         finds out, for which a GPU has to stop."""
         self.check(x, groups)
-        L = x.shape[1]  # given tokens come first, and are read from left to right
-        rank = torch.where(groups < 0, torch.arange(L, device=x.device) - L, groups)  # (B, L)
+        L, rank = x.shape[1], ranks(groups)
         left = self.left_of(x, rank[:, :-1] < rank[:, 1:])
         order = rank.argsort(dim=1, stable=True)  # (B, L)
         rank = rank.gather(1, order)
@@ -278,24 +279,23 @@ class A3(nn.Module):
             single = bool((rank[:, 1:] > rank[:, :-1]).all())
         before, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
         sees = (causal, causal) if single else who_sees(before, before, rank)
-        h, content = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
-        return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h)), content
+        h = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
+        return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h))
 
     def forward(self, x, groups):
         """Logits (B, L, V): what each position is predicted to be by the groups before its own."""
-        return self.logits(self.features(x, groups)[0])
+        return self.logits(self.features(x, groups))
 
     def log_prob(self, x, groups, single=None):
         """Equation (1), term by term: log p(x_i | earlier groups) (B, L) in nats, 0 at given
         tokens. A row's sum is the log-likelihood of what is predicted, given the given."""
-        h, _ = self.features(x, groups, single)
+        h = self.features(x, groups, single)
         return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
-    def loss(self, x, groups=None, single=None, sigma=1.0):
-        """Nats per predicted token, and a dict of detached metrics, as lomdm.py has it. Without
-        groups: of the learned order, with sigma, see order_loss()."""
+    def loss(self, x, groups=None, single=None):
+        """Nats per predicted token, and a dict of detached metrics. No groups: see order_loss()."""
         if groups is None:
-            return self.order_loss(x, sigma)
+            return self.order_loss(x)
         predicted = (groups >= 0).sum()
         loss = -self.log_prob(x, groups, single).sum() / predicted.clamp(min=1)
         return loss, {"nelbo": loss.detach()}
@@ -304,12 +304,12 @@ class A3(nn.Module):
     def nelbo(self, x, n_draws=1, size=None, generator=None):
         """-log p(x) (B,) in nats: the mean over n_draws random_groups() of this size; 0: left to
         right. None: of the order that was learned, the bound (7), or if there is none, size 1."""
-        B, L = x.shape
         if size is None and self.order:
-            return self.order_nelbo(x, n_draws, generator)
-        size = 1 if size is None else size
-        draws = [random_groups(B, L, size or 1, generator, x.device) for _ in range(n_draws)]
-        draws = draws if size else [chunk_groups(B, L, 1, x.device)]
+            draws = [self.order_terms(x, generator) for _ in range(n_draws)]
+            return sum(sum(terms) for terms in draws).sum(1) / n_draws
+        size, how = 1 if size is None else size, dict(device=x.device)
+        draws = [random_groups(*x.shape, size or 1, generator, **how) for _ in range(n_draws)]
+        draws = draws if size else [chunk_groups(*x.shape, **how)]
         return -sum(self.log_prob(x, groups).sum(1) for groups in draws) / len(draws)
 
     max_logits = 2**26  # 256 MiB
@@ -324,177 +324,192 @@ class A3(nn.Module):
         return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
 
     # ---- the cache -------------------------------------------------------------------------------
-    def step(self, cache, tokens, slots, rank, left, ask):
+    def step(self, cache, tokens, slots, rank, positions, left, seen):
         """(4) One call of the cached network. Tokens (B, n) are committed in their slots (B, n), in
-        groups of these ranks (B, n); L is for what nobody shall see. Then the positions where ask
-        (B, L) bool is True are predicted from all that was ever committed; left (B, L): see
-        left_of(). Returns logits (B, m, V), their positions (B, m), whether asked, see pack(), and
-        the content, see streams()."""
-        positions, asked = pack(ask)  # (B, m)
-        (seen,) = remember(cache, "rank", rank[:, None])  # (B, 1, S)
-        sees = who_sees(seen[:, 0], rank, torch.full_like(rank[:, :1], ask.shape[1]))
-        left = left.gather(1, positions)
-        h, content = self.streams(tokens, slots, left, positions, sees, cache)
-        return self.logits(h), positions, asked, content
+        groups of these ranks (B, n). Then positions (B, m) are predicted from what was ever
+        committed in groups before seen (B, m); left (B, m): see left_of(). Returns logits
+        (B, m, V)."""
+        (keys,) = remember(cache, "rank", rank[:, None])  # (B, 1, S)
+        sees = who_sees(keys[:, 0], rank, seen)
+        return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
+
+    def given(self, x, groups):
+        """The start token and what is given, in reading order: tokens, slots and ranks (B, 1 + n),
+        ranks of L where a row has less."""
+        n, L = int((groups < 0).sum(1).max()), x.shape[1]
+        rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
+        tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
+        parts = (tokens, self.start_id), (at + 1, 0), (rank, -L - 1)
+        return [F.pad(t, (1, 0), value=start) for t, start in parts]
 
     # ---- decoding --------------------------------------------------------------------------------
     @torch.no_grad()
-    def decode(
-        self, x, groups, per_step, by, temperature=1.0, top_k=None, generator=None, known=None
-    ):
+    def decode(self, x, groups, per_step, by, truth=None, generator=None, **how):
         """(5) Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
-        of each the per_step positions at a time that `by` is surest of, or that q_hat draws, by
-        "order". Where known (B, L) is True the token is not drawn, but that of x. Returns x and the
-        step that filled in each token, -1 if given, which are the groups for log_prob(x, steps)."""
+        of each the per_step positions at a time that `by` is surest of. Where there is a truth
+        (B, L), tokens are not drawn, but copied from it. Returns x and the step that filled in each
+        token, what it was in groups if given: these are the groups for log_prob(x, steps)."""
         self.check(x, groups)
-        if not 0 <= temperature < math.inf or per_step < 1 or (top_k is not None and top_k < 1):
-            raise ValueError("temperature must be >= 0, per_step >= 1 and top_k >= 1 (or None)")
-        truth, x, L = x, x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
-        known = torch.zeros_like(groups, dtype=torch.bool) if known is None else known
-        rank = torch.where(groups < 0, -1, L)  # the step that committed a token; L: open
-        given, real = pack(groups < 0)  # (B, n)
-        cache, slots = {}, F.pad(given + 1, (1, 0))
-        tokens = x.gather(1, given).masked_fill(~real, self.start_id)
-        tokens = F.pad(tokens, (1, 0), value=self.start_id)  # what to commit next
-        ranks = F.pad(torch.where(real, given - L, L), (1, 0), value=-L - 1)
+        if per_step < 1:
+            raise ValueError(f"per_step must be at least 1, not {per_step}")
+        x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
+        rank = torch.where(groups < 0, groups, L)  # the step that committed a token; L: open
+        cache, (tokens, slots, new) = {}, self.given(x, groups)  # what to commit next
         for step in range(L + 1):
             todo = rank == L
             if not todo.any():
                 return x, rank
             first = groups.masked_fill(~todo, torch.iinfo(torch.long).max).amin(1, keepdim=True)
-            ask = todo & (groups == first)
-            left = self.left_of(x, rank[:, :-1] < L)
-            logits, at, asked, content = self.step(cache, tokens, slots, ranks, left, ask)
-            if by == "order":  # any of the last group knows all there is to know
-                s_hat = self.order.guess(content[:, :1])[:, 0, :L]
-                score = torch.where(known, s_hat, perturb(s_hat, generator)).gather(1, at)
-            else:
-                score = certainty(logits, by, generator)  # (B, m)
-            score = score.masked_fill(~asked, -torch.inf)
+            at, asked = pack(todo & (groups == first))  # (B, m)
+            left, seen = self.left_of(x, rank[:, :-1] < L).gather(1, at), torch.full_like(at, L)
+            logits = self.step(cache, tokens, slots, new, at, left, seen)
+            score = certainty(logits, by, generator).masked_fill(~asked, -torch.inf)  # (B, m)
             best = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
             at, asked = at.gather(1, best), asked.gather(1, best)  # (B, m), m <= per_step
             logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
-            tokens, slots = draw(logits, temperature, top_k, generator), at + 1
-            tokens = torch.where(known.gather(1, at), truth.gather(1, at), tokens)
-            ranks = torch.where(asked, step, L)
-            x.scatter_(1, at, torch.where(asked, tokens, x.gather(1, at)))
-            rank.scatter_(1, at, torch.where(asked, step, rank.gather(1, at)))
+            p = probabilities(logits, **how).flatten(0, 1)  # (B m, V)
+            tokens = torch.multinomial(p, 1, generator=generator).view_as(at)
+            tokens = tokens if truth is None else truth.gather(1, at)
+            slots, new = at + 1, torch.where(asked, step, L)
+            for t, value in ((x, tokens), (rank, step)):
+                t.scatter_(1, at, torch.where(asked, value, t.gather(1, at)))
 
-    def generate(self, x, groups, temperature=1.0, top_k=None, generator=None):
-        """Fill the positions of x (B, L) with groups >= 0, a group a call, from p(x | given)."""
-        return self.decode(x, groups, x.shape[-1], "confidence", temperature, top_k, generator)[0]
+    def generate(self, x, groups, **how):
+        """Fill what has groups >= 0 in x (B, L) from p(x | given). how: see probabilities()."""
+        return self.decode(x, groups, x.shape[-1], "confidence", **how)[0]
 
-    def sample(self, z, temperature=1.0, top_k=None, per_step=1, by=None, generator=None):
+    @torch.no_grad()
+    def generate_speculative(self, x, groups, drafts=4, generator=None, **how):
+        """The same for groups of one token, as surely from p(x | given), in fewer calls. The next
+        `drafts` tokens are drawn at once, blind to each other, from q. The next call commits them
+        and predicts each from those before it, p. The first is sure. Any other is accepted with
+        probability min(1, p / q); the first that is not is drawn anew from max(0, p - q), and what
+        comes after it is forgotten. That is a draw from p, whatever q is. As queries may look at
+        any number of tokens, the same call drafts for whatever will be accepted. Returns x and the
+        number of calls, at most one a token."""
+        self.check(x, groups)
+        (B, L), k, (rank, order) = x.shape, drafts, ranks(groups).sort(dim=1)
+        if k < 1 or (rank.diff(dim=1) == 0).any():
+            raise ValueError("drafts must be at least 1, and every group one token")
+        done = (groups < 0).sum(1, keepdim=True)  # (B, 1): how many tokens are settled
+        if done.min() == L:
+            return x, 0
+        cache, seen, accepted = {}, done, torch.zeros_like(done)
+        tokens, slots, rank = self.given(x, groups)
+        place, order = order.argsort(dim=1), F.pad(order, (0, 2 * k), value=L)
+        x = F.pad(x, (0, 1))  # (B, L + 1): rows that are done before others write behind the end
+        j, q = (
+            torch.arange(k, device=x.device),
+            self.wte.weight.new_zeros(B, k, self.config.vocab_size),
+        )
+        for call in range(1, L + 1):
+            at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, F k); seen is (B, F)
+            left = self.left_of(x[:, None, :L], place[:, None, :-1] < seen[..., None])  # (B, F, L)
+            left = left.gather(2, at.clamp(max=L - 1).view(B, -1, k)).flatten(1)
+            before = seen.repeat_interleave(k, dim=1)
+            logits = self.step(cache, tokens, slots, rank, at, left, before)
+            p = probabilities(logits, **how).unflatten(1, (-1, k))  # (B, F, k, V)
+            if call > 1:
+                draft = tokens[:, 1:, None]  # (B, k - 1, 1)
+                ratio = p[:, :-1, 0].gather(2, draft) / q[:, 1:].gather(2, draft)
+                u = torch.rand(ratio.shape, generator=generator, device=x.device)
+                accepted = 1 + (u < ratio).long().cumprod(dim=1).sum(1)  # (B, 1): 1 .. k
+                cache["rank"][0][:, 0, -k:].masked_fill_(j >= accepted, L)
+                done = (done + accepted).clamp(max=L)
+            refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # or zeros
+            which = (accepted - 1).clamp(min=0)[..., None, None]
+            q = p.take_along_dim(which, dim=1)[:, 0]  # (B, k, V): all see what is done now
+            new = (q[:, :1] - refused).clamp(min=0) + 1e-30 * q[:, :1]  # (B, 1, V), never all zero
+            p = torch.cat((new, q[:, 1:]), dim=1).flatten(0, 1)  # (B k, V)
+            tokens = torch.multinomial(p, 1, generator=generator).view(B, k)
+            rank, seen = done + j, done + j + 1
+            slots = order.gather(1, rank) + 1
+            x.scatter_(1, slots - 1, tokens)
+            if (done + 1 >= L).all():
+                return x[:, :L], call
+
+    def sample(self, z, temperature=1.0, top_k=None, per_step=1, by=None, drafts=1, **how):
         """Fill the mask_id positions of z (B, L), per_step a call, as one group: by "left", or what
         the model is surest of when it predicts all that is open, by "confidence" (largest top
         probability), "entropy" (smallest), "margin" (of the top two), or "random"; or by "order",
-        the default if one was learned: q_hat of (7) draws the position. Nothing given, one per_step
-        and "order": x is drawn from p(x). It reads given tokens one by one, too, whichever q_hat
-        finds likeliest; then rest and order are drawn from p(rest, order | given, read that way),
-        which is not p(rest | given). Returns x and revealed_at (B, L), the number of the call that
-        filled a position, -1 if given."""
-        by = by or ("order" if self.order else "left")
-        if by == "order" and not self.order:
-            raise ValueError("by 'order': this model has learned none")
-        masked = z == self.mask_id
-        place = masked.cumsum(1) - 1 if by == "left" else torch.zeros_like(z)
-        groups = torch.where(masked, place // max(1, per_step), -1)
+        the default if one was learned: in an order that q_hat of (7) draws as if nothing was given.
+        Given tokens are read first, in the same order. With one per_step and nothing given, x is
+        drawn from p(x). "left" and "order" may be drafted. how: top_p, generator. Returns x and
+        revealed_at (B, L), the number of the call, or of the token if drafted, -1 if given."""
+        masked, by, L = z == self.mask_id, by or ("order" if self.order else "left"), z.shape[1]
+        rank = chunk_groups(*z.shape, 1, z.device)
         if by == "order":
-            groups += 1  # what is given is the first group, from which q_hat chooses
-        rule = "confidence" if by == "left" else by  # a whole group at once: there is no choice
-        x, at = self.decode(z, groups, per_step, rule, temperature, top_k, generator, ~masked)
-        return x, at.masked_fill(~masked, -1)
+            if not self.order:
+                raise ValueError("by 'order': this model has learned none")
+            shares = self.order.shares().expand(len(z), 3)
+            rank = self.order.draw(shares, L, how.get("generator")).argsort(dim=1)
+        rank = torch.where(masked, rank + L, rank).argsort(dim=1).argsort(dim=1)  # given ones first
+        place = rank - (~masked).sum(1, keepdim=True)
+        groups = torch.where(masked, place // max(1, per_step), rank - L)
+        how |= dict(temperature=temperature, top_k=top_k)
+        if drafts > 1:
+            if by not in ("left", "order") or per_step > 1:
+                raise ValueError("drafts are for 'left' and 'order', and one token per_step")
+            return self.generate_speculative(z, groups, drafts, **how)[0], groups.clamp(min=-1)
+        if by not in ("left", "order"):  # there, a group is decoded at once: there is no choice
+            return self.decode(z, masked.long() - 1, per_step, by, **how)
+        x, at = self.decode(z, groups, per_step, "confidence", **how)
+        return x, at.clamp(min=-1)
 
     @torch.no_grad()
     def decoder_log_prob(self, x, by="left", per_step=1):
         """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: its steps on the way to
-        x (B, L), and (1) with these as groups. "order": always the likeliest position by q_hat."""
+        x (B, L), and (1) with these as groups. "order": the likeliest by q_hat."""
         if by == "random":
             raise ValueError("by 'random' takes other steps each time; nelbo() is their mean")
         groups = chunk_groups(*x.shape, per_step, x.device)
-        if by != "left":
-            known = torch.ones_like(x, dtype=torch.bool)
-            _, groups = self.decode(x, torch.zeros_like(x), per_step, by, known=known)
+        if by == "order":
+            s = self.order.log_weights(x.shape[1])[self.order.shares().argmax()]
+            groups = groups[:, s.argsort(descending=True, stable=True).argsort()]
+        elif by != "left":
+            _, groups = self.decode(x, torch.zeros_like(x), per_step, by, truth=x)
         return self.log_prob(x, groups).sum(1)
 
     # ---- the learned order -----------------------------------------------------------------------
     def order_weights(self, x):
-        """(7) The log-weights s (B, L) of the race q, which see all of x (B, L): to train and to
-        validate, never to sample."""
-        slope, local, _ = self.order(self.whole_text(x))
-        return -(slope + local).cumsum(1)
-
-    def whole_text(self, x):
-        """The content (B, L, n_embd) if all of x (B, L) sees all of it. The order reads what the
-        network knows, but does not shape it: no gradient."""
-        slots = torch.arange(1, x.shape[1] + 1, device=x.device).expand_as(x)
-        with torch.no_grad():
-            return self.streams(x, slots, slots[:, :0], slots[:, :0], ({}, {}))[1]
-
-    def order_terms(self, x, order, s, noise=0.0):
-        """The parts of (7) for texts x, order and log-weights s, (B, L) each: -log p of each
-        position, log q_hat and log q of each step. order[:, k] is what step k reveals. noise
-        (B, 1, 1): see Order.guess()."""
-        h, content = self.features(x, order.argsort(dim=1), single=True)
-        nll = self.nll(h.flatten(0, 1), x.flatten()).view_as(x)
-        s_hat = self.order.guess(content, noise)[..., : x.shape[1]]  # (B, step, position)
-        s_hat = s_hat.gather(2, order[:, None].expand_as(s_hat))  # (B, step, step that reveals it)
-        ahead = torch.ones_like(s_hat[0], dtype=torch.bool).triu()
-        log_q_hat = s_hat.masked_fill(~ahead, -torch.inf).log_softmax(2).diagonal(dim1=1, dim2=2)
-        return nll, log_q_hat, log_race(s, order)
+        """(7) The log-weights s (B, L) of the reading that q finds likeliest for texts x (B, L)."""
+        return self.order.log_weights(x.shape[1])[self.order.shares(x).argmax(dim=1)]
 
     def order_log_probs(self, x, order):
-        """(7) log q_hat and log q (B, L) of each step of order (B, L), for texts x (B, L)."""
+        """(7) log q_hat and log q (B, L) of each step k, which reveals order[:, k] of x (B, L)."""
         self.check(x, order)
-        return self.order_terms(x, order, self.order_weights(x))[1:]
+        return self.order(order, self.order.shares()), self.order(order, self.order.shares(x))
 
-    def order_loss(self, x, sigma=1.0):
-        """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, plus terms
-        whose gradient counts and whose value means nothing. Returns the loss and a dict of detached
-        metrics; report metrics["nelbo"], the bound at the slopes that were tried.
-        Autograd cannot see how s changes the outcome of a race: REINFORCE. A choice answers for all
-        costs that come after it, less what a head that sees the text but not the order expects of
-        those tokens, and less what the other texts paid at those steps. For the slope, which turns
-        all choices at once, that is still mostly noise. So each text is read at a slope that is a
-        bit off, for q and q_hat alike, and the slope follows the texts that did better, by Stein's
-        lemma: d E f(slope + noise) / d slope = E f(slope + noise) noise / variance. sigma is the
-        standard deviation of that noise: let it fall from 8, when both directions are tried."""
+    def order_terms(self, x, generator=None):
+        """The terms of (7) for one order of each text x (B, L), drawn by q: -log p, -log q_hat and
+        log q of its steps, (B, L) each. Their sum is the cost of a step."""
         self.check(x, x)
-        B, L = x.shape
-        slope, local, expected = self.order(self.whole_text(x))
-        noise, score = self.order.explore(slope.detach(), sigma)  # (B, 1) each
-        s = -(slope + local + noise).cumsum(1)
-        order = race(s.detach())  # (B, L)
-        nll, log_q_hat, log_q = self.order_terms(x, order, s, noise[..., None])
-        guess = log_q - log_q_hat
-        nelbo = (nll + guess).mean()
+        order = self.order.draw(self.order.shares(x), x.shape[1], generator)
+        nll = -self.log_prob(x, order.argsort(dim=1), single=True)
+        log_q_hat, log_q = self.order_log_probs(x, order)
+        return nll.gather(1, order), -log_q_hat, log_q
 
-        with torch.no_grad():
-            excess = (nll - expected).gather(1, order) + guess  # of each step
-            excess = (excess - excess.mean(0)) * B / max(1, B - 1)  # less the others' mean
-            to_come = excess.flip(1).cumsum(1).flip(1)
-        choices = log_race(-(slope.detach() + local + noise).cumsum(1), order)
-        stein = to_come[:, :1] * score * slope  # (B, 1)
-        reinforce = (to_come * choices).mean() + stein.mean() / L
-        loss = nelbo + reinforce + (nll.detach() - expected).square().mean()
-        metrics = dict(nelbo=nelbo, recon=nll.mean(), order=guess.mean(), slope=slope.mean())
+    def order_loss(self, x):
+        """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, plus a
+        term whose gradient counts, not its value. Returns the loss and a dict of detached metrics;
+        report metrics["nelbo"]. Autograd cannot see how q changes which order is drawn: REINFORCE.
+        A choice answers for all costs that come after it, less what the other texts pay from the
+        same step on. The first also is that of the reading."""
+        nll, nll_hat, log_q = self.order_terms(x)
+        cost = nll + nll_hat + log_q  # (B, L), of each step
+        to_come = cost.detach().flip(1).cumsum(1).flip(1)
+        excess = (to_come - to_come.mean(0)) * len(x) / max(1, len(x) - 1)
+        metrics = dict(nelbo=cost.mean(), recon=nll.mean(), order=(nll_hat + log_q).mean())
+        metrics["left_share"] = self.order.shares(x)[:, 0].exp().mean()
+        loss = cost.mean() + (excess * log_q).mean()
         return loss, {name: value.detach() for name, value in metrics.items()}
-
-    def order_nelbo(self, x, n_draws, generator):
-        """The bound (7) of each text (B,), nats: see nelbo()."""
-        s, total = self.order_weights(x), 0
-        for _ in range(n_draws):
-            nll, log_q_hat, log_q = self.order_terms(x, race(s, generator), s)
-            total = total + (nll + log_q - log_q_hat).sum(1)
-        return total / n_draws
 
     # ---- adaptation ------------------------------------------------------------------------------
     @torch.no_grad()
     def load_arm(self, state_dict):
         """(6) Become a trained ARM of lomdm.py, to rounding. New is only what a query begins as if
         its left neighbour is hidden: the mean embedding. ValueError for other names or shapes."""
-        new = {name: p for name, p in self.state_dict().items() if name.startswith("order.")}
-        new["query"] = self.query
+        new = {n: p for n, p in self.state_dict().items() if n == "query" or n.startswith("order.")}
         mine = {n: tuple(p.shape) for n, p in self.state_dict().items() if n not in new}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
         wrong = [name for name in {**mine, **got} if mine.get(name) != got.get(name)]
@@ -502,93 +517,6 @@ class A3(nn.Module):
             one = f"{wrong[0]} is {got.get(wrong[0])}, not {mine.get(wrong[0])}"
             raise ValueError(f"not an ARM of this size: {one}, and {len(wrong) - 1} more like that")
         self.load_state_dict({**new, **state_dict, "query": state_dict["wte.weight"].mean(0)})
-
-    @classmethod
-    @torch.no_grad()
-    def from_pretrained(cls, folder, seq_len=None, **changes):
-        """(6) The same for a LLaMA or a relative, a folder in Hugging Face's format, in float32.
-        Learned positions begin as zeros. seq_len: None takes all its context; changes: fields of
-        Config. ValueError, one line, for what does not fit. Needs the package safetensors."""
-        from safetensors import SafetensorError, safe_open
-
-        folder = Path(folder)
-        try:
-            theirs = json.loads((folder / "config.json").read_text("utf-8"))
-            model = cls(Config(**(llama_config(theirs, seq_len) | changes)))
-            kv = model.config.n_kv_head * model.config.head_dim
-            names, index = {"": "model.safetensors"}, folder / "model.safetensors.index.json"
-            if index.is_file():
-                names = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = [safe_open(folder / name, "pt") for name in sorted(set(names.values()))]
-            files = {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
-            for name, p in model.named_parameters():
-                *layer, part, kind = f".{name}".split(".")  # blocks 3 qkv weight, or norm weight
-                where = f"model.layers.{layer[2]}." if layer[2:] else ""
-                parts = [f"{where}{their}.{kind}" for their in LLAMA_PARTS.get(part, ())]
-                if parts:
-                    rows = [files.pop(their).get_tensor(their) for their in parts]
-                    if part == "qkv" and not len(rows[1]) == len(rows[2]) == kv:
-                        raise ValueError(f"{parts[1]} and {parts[2]} must have {kv} rows")
-                    rows = torch.cat(rows)
-                    n = model.config.vocab_size if part in ("wte", "lm_head") else len(p)
-                    if len(rows) != n or rows.shape[1:] != p.shape[1:]:
-                        raise ValueError(f"{parts} is {tuple(rows.shape)}, not {tuple(p.shape)}")
-                    p[: len(rows)] = rows
-            spare = "rotary_emb.inv_freq", "lm_head.weight" if model.config.tied else "inv_freq"
-            if files := [name for name in files if not name.endswith(spare)]:
-                raise ValueError(f"no place for {files[0]} in this model")
-        except (*BAD, SafetensorError) as e:
-            raise ValueError(f"{folder} cannot be loaded: {type(e).__name__} {e}") from None
-        model.query[:] = model.wte.weight.mean(0)
-        if model.wpe is not None:
-            model.wpe.weight.zero_()
-        return model
-
-
-BAD = OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError
-LLAMA_PARTS = {
-    "wte": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
-    "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
-    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "q_norm": ["self_attn.q_norm"], "k_norm": ["self_attn.k_norm"], "proj": ["self_attn.o_proj"],
-    "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
-}  # fmt: skip
-
-
-LLAMA_3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-
-
-def llama_config(c, seq_len):
-    """Hugging Face's config.json, in its older or newer form, as fields of Config."""
-    kind, L = c["model_type"], seq_len or c["max_position_embeddings"]
-    rope = {"rope_theta": c.get("rope_theta", 1e4)} | (c.get("rope_scaling") or {})
-    rope |= c.get("rope_parameters") or {}
-    turn = rope.get("rope_type", rope.get("type", "default"))
-    partial, bos = (
-        rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)),
-        c.get("bos_token_id"),
-    )
-    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
-    missing = {
-        f"model_type {kind}": kind not in ("llama", "mistral", "qwen2", "qwen3"),
-        f"rope_type {turn}": turn not in ("default", "llama3"),
-        f"a sliding_window of {window}, below {L} tokens,": window and window < L,
-        "attention_bias or mlp_bias": c.get("attention_bias") or c.get("mlp_bias"),
-        f"hidden_act {c.get('hidden_act')}": c.get("hidden_act") not in (None, "silu"),
-        f"partial_rotary_factor {partial}": partial != 1,
-        f"bos_token_id {bos}": bos is not None and bos not in range(c["vocab_size"]),
-    }
-    if any(missing.values()):
-        raise ValueError(f"{next(what for what in missing if missing[what])} is not supported")
-    return dict(
-        vocab_size=c["vocab_size"], seq_len=L, n_layer=c["num_hidden_layers"],
-        n_head=c["num_attention_heads"], n_embd=c["hidden_size"], hidden=c["intermediate_size"],
-        n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim"),
-        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
-        start_id=bos, rope_base=rope["rope_theta"],
-        rope_scaling={name: rope[name] for name in LLAMA_3} if turn == "llama3" else None,
-        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
-    )  # fmt: skip
 
 
 def remember(cache, name, *new):
@@ -600,8 +528,8 @@ def remember(cache, name, *new):
 
 
 def pack(mask):
-    """The places where a row of mask (B, T) is True, first to last: (B, m), m being the most of any
-    row, and (B, m) bool, False where a row has fewer and is filled up with any places."""
+    """The places where a row of mask (B, T) is True, (B, m), and (B, m) bool, False where a row has
+    fewer than the most and is filled up with any places."""
     real, places = mask.int().sort(dim=1, descending=True, stable=True)
     m = int(mask.sum(1).max())
     return places[:, :m], real[:, :m].bool()
@@ -620,105 +548,92 @@ def certainty(logits, by, generator=None):
     return top[..., 0] - top[..., -1] * (by == "margin")
 
 
-def draw(logits, temperature, top_k, generator=None):
-    """One token from each of logits (B, m, V): (B, m). Temperature 0 takes the likeliest."""
-    if top_k is not None:
-        worst = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < worst, -torch.inf)
+def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """Of tokens to be drawn, logits (.., V) -> (.., V): sharper by temperature, 0 takes the
+    likeliest; of the top_k likeliest; of the fewest that together have the probability top_p."""
+    k, mass = logits.shape[-1] if top_k is None else top_k, 1.0 if top_p is None else top_p
+    if not (0 <= temperature < math.inf and k >= 1 and 0 < mass <= 1):
+        raise ValueError("temperature must be >= 0, top_k >= 1 or None, top_p in (0, 1] or None")
     logits = logits - logits.amax(-1, keepdim=True)  # the best is 0: safe to divide
-    p = F.softmax(logits / max(temperature, 1e-30), dim=-1).flatten(0, 1)  # (B m, V)
-    return torch.multinomial(p, 1, generator=generator).view(logits.shape[:-1])
+    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+    if k < p.shape[-1] or mass < 1:
+        likely, i = p.sort(dim=-1, descending=True)
+        likely = (likely * (likely.cumsum(-1) - likely < mass))[..., :k]
+        likely = likely / likely.sum(-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, i[..., :k], likely)
+    return p
 
 
-@dataclass
-class Curriculum:
-    """(6) Which groups to train on at which step. (Skipping to stage 3 costs the paper 4-6 points.)
+def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
+    """(6) Which groups to train on at step 0, 1, ..: stage and size. After total_steps it stays as
+    it was. shares are those of the stages. (Skipping to stage 3 costs the paper 4-6 points.)
     stage 1  one token a group, left to right: the query stream learns what the content stream knows
     stage 2  chunks of 1, then 2, then 4, a third of the stage each: to predict several at a time
     stage 3  random partitions into groups of group_size: any order"""
-
-    total_steps: int
-    shares: tuple = (0.2, 0.3, 0.5)  # of the steps, for each stage
-    group_size: int = 1
-
-    def __post_init__(self):
-        if self.total_steps < 1 or self.group_size < 1:
-            raise ValueError("total_steps and group_size must be at least 1")
-        if len(self.shares) != 3 or min(self.shares) < 0 or not abs(sum(self.shares) - 1) < 1e-6:
-            raise ValueError(f"shares must be three numbers >= 0 that sum to 1, not {self.shares}")
-
-    def stage(self, step):
-        """(stage, size of its groups) at step 0, 1, ..; from total_steps on it stays as it was."""
-        step, (one, two, _), T = min(step, self.total_steps - 1), self.shares, self.total_steps
-        first, second = round(one * T), round((one + two) * T)
-        if first <= step < second:
-            return 2, (1, 2, 4)[3 * (step - first) // (second - first)]
-        return (1, 1) if step < first else (3, self.group_size)
-
-    def __call__(self, step, B, L, generator=None, device=None):
-        """groups (B, L) long for this step."""
-        stage, size = self.stage(step)
-        random = random_groups(B, L, size, generator, device)
-        return random if stage == 3 else chunk_groups(B, L, size, device)
+    if total_steps < 1 or group_size < 1:
+        raise ValueError("total_steps and group_size must be at least 1")
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) < 1e-6:
+        raise ValueError(f"shares must be three numbers >= 0 that sum to 1, not {shares}")
+    step = min(step, total_steps - 1)
+    first, second = round(shares[0] * total_steps), round((shares[0] + shares[1]) * total_steps)
+    if first <= step < second:
+        return 2, (1, 2, 4)[3 * (step - first) // (second - first)]
+    return (1, 1) if step < first else (3, group_size)
 
 
 # ---- the learned order ---------------------------------------------------------------------------
 class Order(nn.Module):
-    """(7) Log-weights as running sums, step i of which says by how much i comes before i + 1:
-        s_j = - sum_{i <= j} speed (a + b_i + g_i(x)), and s_hat_j with g_hat_i(x_revealed) for g_i
-    a is the slope of all texts, left to right if positive; b, too, is the same for all; g reads the
-    text, g_hat what is revealed. At first the slope is 1, so that left to right wins a tie, and all
-    else 0. An optimiser moves a number by its learning rate a step, at most: hence speed.
-    Give a and b an Adam with eps = 0.3, g one with 0.3 / n_embd, and do not clip their gradients:
-    so they move by evidence, not by the noise that Adam blows up where there is none. And let them
-    wait for the network: what is easy to learn first is not what is best."""
+    """(7) A text is read in one of three ways: about from left to right, about from right to left,
+    or, a fixed share of the texts, in random order, so that the model keeps up with all orders.
+    Each is a race (LoMDM's Plackett-Luce) with log-weights
+        s_j = - sum_{i <= j} speed steps_i         steps_i: by how much i comes after i - 1
+    Which it is, is drawn: q and q_hat both favour left to right at first, 2 to 1, and for q each
+    kind of token in x has a vote. speed is there as an optimiser's steps are small. Let it all wait
+    for the network, as what is easy to learn first is not what is best, and move by evidence: Adam
+    blows up noise where there is none, unless it has an eps of about 0.3."""
 
-    speed = 80.0
+    speed = 40.0
 
     def __init__(self, config):
         super().__init__()
-        C, L = config.n_embd, config.seq_len
         self.random_share = config.random_share
-        self.a, self.b = nn.Parameter(torch.ones(1) / self.speed), nn.Parameter(torch.zeros(L))
-        self.g = nn.Linear(C, 1, bias=False)
-        self.g_hat = nn.Linear(C, L, bias=False)
-        self.cost = nn.Linear(C, 1)
-        for head in (self.g, self.g_hat, self.cost):
-            nn.init.zeros_(head.weight)
+        slope, favour = torch.tensor([[6.0], [-6.0]]), torch.tensor([math.log(2), 0.0])
+        self.steps = nn.Parameter(slope.repeat(1, config.seq_len) / self.speed)
+        self.votes = nn.Parameter(torch.zeros(config.vocab_size, 2))
+        self.favour = nn.Parameter(torch.stack((favour, favour)) / self.speed)  # of q, of q_hat
 
-    def forward(self, content):
-        """content (B, L, n_embd) of whole texts -> their slopes (B, 1); the steps of s without them
-        (B, L); nats that each token is expected to cost (B, L)."""
-        both = torch.cat((self.g(content), self.cost(content)), dim=-1).type_as(self.b)
-        g, cost = both.unbind(-1)  # (B, L) each; autocast made them bfloat16
-        g = g / content.shape[-1]
-        mean = g.mean(1, keepdim=True)
-        return self.speed * (self.a + mean), self.speed * (self.b[: g.shape[1]] + g - mean), cost
+    def log_weights(self, L):
+        """s (3, L)."""
+        return F.pad(-(self.speed * self.steps[:, :L]).cumsum(1), (0, 0, 0, 1))
 
-    def guess(self, content, noise=0.0):
-        """content (B, n, n_embd) that knows what is revealed -> s_hat (B, n, seq_len). noise
-        (B, 1, 1): what the slope is off by, in s as well, see A3.order_loss()."""
-        g_hat = self.g_hat(content.detach()).type_as(self.b) / content.shape[-1]
-        return -(self.speed * (self.a + self.b + g_hat) + noise).cumsum(-1)
+    def shares(self, x=None):
+        """log q(reading | x) (B, 3), or log q_hat(reading) (1, 3): what each favours and, for q, a
+        vote of each kind of token in x (B, L), however often it is there."""
+        logits, r = self.favour[1:], self.random_share
+        if x is not None:
+            kinds = 1 / (x[:, :, None] == x[:, None]).sum(2)  # (B, L), adds up to their number
+            votes = (kinds[..., None] * self.votes[x]).sum(1) / kinds.sum(1, keepdim=True).sqrt()
+            logits = self.favour[:1] + votes  # (B, 2)
+        learned = (self.speed * logits).log_softmax(dim=1) + math.log1p(-r)
+        return F.pad(learned, (0, 1), value=math.log(r) if r else -math.inf)
 
-    def explore(self, slope, sigma):
-        """How far off its slope (B, 1) each text is read: N(0, sigma^2), or what makes its order
-        random. And noise / variance, for Stein's lemma. (B, 1) each."""
-        z, at_random = torch.randn_like(slope), torch.rand_like(slope) < self.random_share
-        return torch.where(at_random, -slope, sigma * z), torch.where(at_random, 0.0, z / sigma)
+    def draw(self, shares, L, generator=None):
+        """An order (B, L) for each row of shares (B, 3)."""
+        reading = torch.multinomial(shares.detach().exp(), 1, generator=generator)[:, 0]
+        return race(self.log_weights(L).detach()[reading], generator)
 
-
-def log_race(s, order):
-    """log q (B, L) of each step of an order (B, L): exp(s_i) / the sum of those that are left."""
-    s = s.gather(1, order)
-    return s - s.flip(1).logcumsumexp(1).flip(1)
-
-
-def perturb(s, generator=None):
-    """s (.., L) plus Gumbel noise: the largest is i with probability exp(s_i) / sum_j exp(s_j)."""
-    return s - torch.empty_like(s).exponential_(generator=generator).log()
+    def forward(self, order, shares):
+        """The log-probability of each step of order (B, L), given the steps before, which tell
+        about the reading: (B, L). shares (B or 1, 3)."""
+        B, L = order.shape
+        s = self.log_weights(L).expand(B, 3, L).gather(2, order[:, None].expand(B, 3, L))
+        steps = s - s.flip(2).logcumsumexp(2).flip(2)  # exp(s_i) / the sum of those that are left
+        so_far = (shares[..., None] + steps.cumsum(2)).logsumexp(1)  # (B, L)
+        return so_far.diff(dim=1, prepend=torch.zeros_like(so_far[:, :1]))
 
 
 def race(s, generator=None):
-    """A Plackett-Luce order of log-weights s (B, L): its positions, first to last, (B, L)."""
-    return perturb(s, generator).argsort(dim=1, descending=True)
+    """A Plackett-Luce order of log-weights s (B, L), its positions, first to last, (B, L): s plus
+    Gumbel noise is the largest at i with probability exp(s_i) / sum_j exp(s_j)."""
+    noise = torch.empty_like(s).exponential_(generator=generator).log()
+    return (s - noise).argsort(dim=1, descending=True)

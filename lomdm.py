@@ -36,9 +36,8 @@ network's token distribution at each position. Everything is in nats.
         L sum_S (w_i / W) [ -log mu^i(x_i) + log(w_i / W) - log(w_hat_i / W_hat) ]
     has the same expectation. For w = 1 it is the familiar (L / |S|) sum_S -log mu^i(x_i).
 
-(5) The gradient in w. Autograd cannot see how w changes the outcome of a race. Draw two for each x,
-    and let the one with the smaller loss become likelier: REINFORCE with a baseline, the other
-    draw ("leave one out", RLOO).                                               -> LoMDM.loss()
+(5) The gradient in w. Autograd cannot see how w changes the outcome of a race: draw two for each x,
+    and let that with the smaller loss become likelier (REINFORCE, leave one out). -> LoMDM.loss()
 
 (6) Blocks are revealed one after another and add up. Each has its own clock, its own race and its
     own term (4), with its length K for L.                                      -> block_clocks()
@@ -123,8 +122,8 @@ def nelbo_at(model, x, t, generator=None):
 
 
 # ---- the same bound without a clock, (3) and (4) -------------------------------------------------
-# All rates are proportional to weights w. A schedule that all positions share is w = 1, whatever
-# its form; schedules per position of another form than t^w need the definition above.
+# A schedule that all positions share is w = 1, whatever its form; schedules per position of another
+# form than t^w need the definition above.
 def race(w, generator=None):
     """Draw a Plackett-Luce order (3): i arrives at the time Exponential(1) / w_i. w (..., K) >= 0.
     Returns the positions in order of arrival, (..., K), those of weight 0 last."""
@@ -163,21 +162,16 @@ def block_clocks(t, L, K):
 
 def spread_counts(B, n, K, generator=None, device=None):
     """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, but all
-    together spread evenly, since a batch that happens to be all hard or all easy is mere noise.
-    Of the N = B n blocks, number j reveals the share (j / N + turn) mod 1 of its K positions,
-    rounded down, in integers. The numbers of a row, and of a column, lie far apart. Also returns
-    how many positions are left masked at the most, whatever the turn: sum_{j < N} (K - floor(j K /
-    N)). To add up the floors, pair j with N - j: K - 1 a pair, but K where N divides j K."""
+    together spread evenly, as it is mere noise if a batch is all hard or all easy. Of N = B n
+    blocks, number j, far apart in rows and columns, reveals the share (j / N + turn) mod 1."""
     N = B * n
     row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
     number = (row + b * B // n) % B * n + b  # (B, n): 0 .. N - 1
     turn = torch.randint(N * K, (1,), generator=generator, device=device)
-    at_most = N * K - ((K - 1) * (N - 1) + math.gcd(K, N) - 1) // 2
-    return (number * K + turn) % (N * K) // N, at_most
+    return (number * K + turn) % (N * K) // N
 
 
 # ---- the learned order, (3) ----------------------------------------------------------------------
-# To try another policy, write another class like this one.
 class Order(nn.Module):
     """Weights from features: one more block of the network, a linear map to a number v_i for each
     position, and one of two ways to make a weight of it. The mean is over i's block.
@@ -262,14 +256,33 @@ class Block(nn.Module):
         return h + F.dropout(self.down(F.silu(gate) * up), drop)
 
 
-def draw(logits, temperature, top_k, generator=None):
-    """One token from each of logits (B, m, V): (B, m). Temperature 0 takes the likeliest."""
-    if top_k is not None:
-        worst = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < worst, -torch.inf)
+def certainty(logits, by, generator=None):
+    """Which positions come next, logits (B, K, V) -> (B, K): those with the largest of these."""
+    p = F.softmax(logits, dim=-1)
+    if by in ("left", "random"):
+        u = torch.rand(p.shape[:2], generator=generator, device=p.device)
+        return u if by == "random" else -torch.ones_like(u).cumsum(1)
+    if by == "entropy":
+        return torch.xlogy(p, p).sum(-1)  # minus the entropy
+    if by not in ("confidence", "margin"):
+        raise ValueError(f"by must be order, left, random, confidence, entropy or margin: {by!r}")
+    top = p.topk(min(2, p.shape[-1])).values
+    return top[..., 0] - top[..., -1] * (by == "margin")
+
+
+def draw(logits, generator=None, temperature=1.0, top_k=None, top_p=None):
+    """One token from each of logits (B, m, V): (B, m). Temperature 0 takes the likeliest. Of the
+    top_k likeliest only; of the fewest that together have the probability top_p."""
+    k, mass = logits.shape[-1] if top_k is None else top_k, 1.0 if top_p is None else top_p
+    if not (0 <= temperature < math.inf and k >= 1 and 0 < mass <= 1):
+        raise ValueError("temperature must be >= 0, top_k >= 1 or None, top_p in (0, 1] or None")
     logits = logits - logits.amax(-1, keepdim=True)  # the best is 0: safe to divide
-    p = F.softmax(logits / max(temperature, 1e-30), dim=-1).flatten(0, 1)  # (B m, V)
-    return torch.multinomial(p, 1, generator=generator).view(logits.shape[:-1])
+    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+    if k < p.shape[-1] or mass < 1:
+        likely, i = p.sort(dim=-1, descending=True)
+        likely = (likely * (likely.cumsum(-1) - likely < mass))[..., :k]
+        p = torch.zeros_like(p).scatter(-1, i[..., :k], likely)
+    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(logits.shape[:-1])
 
 
 class LoMDM(nn.Module):
@@ -367,31 +380,30 @@ class LoMDM(nn.Module):
         h, attention = self.features(z)
         return self.g_hat(h, *attention, z.shape[1])
 
-    def look(self, x, masked, at_most=None):
+    def look(self, x, masked):
         """One pass over x (B, L) of which masked (B, n, K) bool is hidden: -log mu^i(x_i), 0 where
-        visible, and w_hat, (B, n, K) each. at_most: see masked_nll()."""
-        L, hide = x.shape[1], masked.view_as(x)
-        h, attention = self.features(x.masked_fill(hide, self.mask_id), x)
-        nll = self.masked_nll(h[:, :L], x, hide, at_most).view_as(masked)
+        visible, and w_hat, (B, n, K) each."""
+        L, z = x.shape[1], x.masked_fill(masked.view_as(x), self.mask_id)
+        h, attention = self.features(z, x)
+        nll = self.nll(h[:, :L].flatten(0, 1), x.flatten()).view_as(masked) * masked
         return nll, self.g_hat(h, *attention, L).view_as(masked)
 
     def loss(self, x):
         """What training minimises, for x (B, L): the jump bound (4) in nats per token, plus, with a
         learned order, the surrogate of (5), whose gradient counts and whose value means nothing.
         Returns the loss and a dict of detached metrics; report metrics["nelbo"], the bound.
-        (5) The mean of l over races with the weights w, which l depends on too, has the gradient
-                E[ grad l + l grad log q ]
-              = E[ grad (l_1 + l_2) / 2  +  (l_1 - l_2) grad (log q_1 - log q_2) / 2 ]
-            for two independent orders with the same k; log q is that of the revealed prefix, as l
-            depends on no more of the order. Each block has an equation of its own."""
+        (5) The gradient of E l, for two independent orders with the same k, is
+                E[ grad (l_1 + l_2) / 2  +  (l_1 - l_2) grad (log q_1 - log q_2) / 2 ]
+            log q being that of the revealed prefix, as l depends on no more of the order. Each
+            block has an equation of its own."""
         (B, L), K = x.shape, min(x.shape[1], self.config.block_len)
         draws = 2 if self.config.learn_order else 1
         weights = self.order_weights(x)  # (B, L)
         w = weights.view(B, -1, K).repeat(draws, 1, 1)  # (draws B, n, K)
-        k, at_most = spread_counts(B, L // K, K, device=x.device)  # (B, n)
-        k, ranking = k.repeat(draws, 1), race(w)
+        k = spread_counts(B, L // K, K, device=x.device).repeat(draws, 1)  # (draws B, n)
+        ranking = race(w)
         masked = ranking.argsort(-1) >= k[..., None]  # all but the first k
-        nll, w_hat = self.look(x.repeat(draws, 1), masked, draws * at_most)
+        nll, w_hat = self.look(x.repeat(draws, 1), masked)
         recon, order, _ = jump_terms(nll, w, w_hat, masked)  # (draws B, n) each
 
         per_token = 1 / (draws * B * L)
@@ -414,28 +426,40 @@ class LoMDM(nn.Module):
         (B, L), K = x.shape, min(x.shape[1], self.config.block_len)
         w, total = self.order_weights(x).view(B, -1, K), 0  # (B, n, K)
         for _ in range(n_draws):
-            k, at_most = spread_counts(B, L // K, K, generator, x.device)  # (B, n)
+            k = spread_counts(B, L // K, K, generator, x.device)  # (B, n)
             masked = race(w, generator).argsort(-1) >= k[..., None]
-            nll, w_hat = self.look(x, masked, at_most)
+            nll, w_hat = self.look(x, masked)
             recon, order, timing = jump_terms(nll, w, w_hat, masked)
             total = total + recon + order + (timing if bound == "paper" else 0)
         return total.sum(-1) / n_draws
 
-    @torch.no_grad()
-    def sample(self, z, temperature=1.0, top_k=None, per_step=1, generator=None, cache=True):
+    def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="order", **how):
         """Fill the mask_id positions of z (B, L): all of it, what follows a prompt, gaps in a text.
-        A network call picks per_step positions by the race (3) with w_hat, among the masked ones of
-        the first unfinished block, and their tokens from mu. With one per_step and no given tokens,
-        or whole blocks of them in front, this draws from p exactly: no clock, as the model does not
-        see the time. Other given tokens start the process midway, near p(rest | given) but not
-        equal to it, and blind to what is given in later blocks. Tokens of one call do not see each
-        other. temperature 0 takes the likeliest. Returns x and revealed_at (B, L), the number of
-        the call that filled each position, -1 if given.
-        cache: keep keys and values of finished blocks, which never change, as they only see blocks
-        before. In one block there is nothing to keep: every new token is seen by all others."""
-        if not 0 <= temperature < math.inf or per_step < 1 or (top_k is not None and top_k < 1):
-            raise ValueError("temperature must be >= 0, per_step >= 1 and top_k >= 1 (or None)")
-        x, revealed_at = z.clone(), torch.full_like(z, -1)
+        A network call picks per_step positions among the masked ones of the first unfinished block,
+        and their tokens from mu, blind to each other: by the "order" of the race (3) with w_hat,
+        "left" to right, at "random", or by "confidence" (largest top probability), "entropy"
+        (smallest) or "margin" (of the top two). With "order", one per_step, and nothing given but
+        whole blocks in front, it draws from p exactly. Other given tokens start the process midway,
+        near p(rest | given) but not it, and blind to those in later blocks. how: top_p, generator,
+        cache. Returns x and revealed_at (B, L), the call that filled in a position, -1 if given."""
+        return self.decode(z, per_step, by, temperature=temperature, top_k=top_k, **how)[:2]
+
+    def decoder_log_prob(self, x, by="left", per_step=1):
+        """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: the decoder is walked
+        through x (B, L). "order" always takes the largest w_hat. L / per_step calls."""
+        if by == "random" or (by == "order" and self.config.block_len > 1 and self.g is uniform):
+            raise ValueError(f"by {by!r} takes other steps each time; nelbo() bounds their mean")
+        return self.decode(torch.full_like(x, self.mask_id), per_step, by, x)[2]
+
+    @torch.no_grad()
+    def decode(self, z, per_step, by, truth=None, generator=None, cache=True, **how):
+        """What sample() does, and log mu of what it filled in, (B,) nats. Where there is a truth
+        (B, L), tokens are not drawn but copied. cache: keep keys and values of finished blocks,
+        which never change, as they only see blocks before. In one block there is nothing to keep:
+        every new token is seen by all others."""
+        if per_step < 1:
+            raise ValueError(f"per_step must be at least 1, not {per_step}")
+        x, revealed_at, log_p = z.clone(), torch.full_like(z, -1), 0
         L, K = z.shape[1], min(z.shape[1], self.config.block_len)
         call, begin, held = 0, 0, {} if cache and K < L else None  # begin: how many places it holds
         for end in range(K, L + 1, K):  # block after block
@@ -445,31 +469,24 @@ class LoMDM(nn.Module):
                 if held is not None:  # an ARM has read finished tokens only, a block itself, too
                     begin = end if K == 1 else end - K
                     held = {m: [t[:, :, :begin] for t in kv] for m, kv in held.items()}
-                pick = race(w_hat * masked, generator)[:, :per_step]  # (B, m)
-                logits = self.logits(h[:, -K:].take_along_dim(pick[..., None], 1))  # (B, m, V)
-                token = draw(logits, temperature, top_k, generator)
+                h = h[:, -K:]
+                score = w_hat if by == "order" else certainty(self.logits(h), by, generator)
+                if by == "order" and truth is None:  # race()
+                    score = score / torch.empty_like(score).exponential_(generator=generator)
+                score = score.masked_fill(~masked, -torch.inf)
+                pick = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]  # (B, m)
+                logits = self.logits(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
                 drawn = masked.gather(1, pick)  # False where fewer than per_step were masked
                 pick = pick + end - K
-                x.scatter_(1, pick, torch.where(drawn, token, x.gather(1, pick)))
-                revealed_at.scatter_(1, pick, torch.where(drawn, call, revealed_at.gather(1, pick)))
+                token = draw(logits, generator, **how) if truth is None else truth.gather(1, pick)
+                nll = F.cross_entropy(logits.mT, token, reduction="none")  # (B, m)
+                log_p = log_p - (nll * drawn).sum(1)
+                for t, new in ((x, token), (revealed_at, call)):
+                    t.scatter_(1, pick, torch.where(drawn, new, t.gather(1, pick)))
                 call += 1
-        return x, revealed_at
-
-    # ---- The same, cheaper: these two could be cross_entropy(self.logits(h), x) * masked
+        return x, revealed_at, log_p
 
     max_logits = 2**26  # 256 MiB
-
-    def masked_nll(self, h, x, masked, at_most=None):
-        """-log mu^i(x_i) where masked, else 0: h (B, L, n_embd), x and masked (B, L). The added
-        code is so that logits are made for `at_most` places only: 18% fewer operations for an MDM
-        of GPT-2's size. If more are masked, all is NaN rather than wrong."""
-        h, target, masked = h.flatten(0, 1), x.flatten(), masked.flatten()
-        if at_most is None or at_most >= len(masked):
-            return (self.nll(h, target) * masked).view_as(x)
-        chosen = masked.int().argsort(descending=True, stable=True)[:at_most]  # the masked first
-        nll = self.nll(h[chosen], target[chosen]) * masked[chosen]  # (at_most,)
-        nll = torch.where(masked.sum() > at_most, torch.nan, nll)
-        return nll.new_zeros(masked.shape).scatter(0, chosen, nll).view_as(x)
 
     def nll(self, h, x):
         """-log mu(x) for features h (N, n_embd) and tokens x (N,): (N,). The added code is so that

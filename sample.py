@@ -4,6 +4,7 @@ Print samples from a checkpoint of train_char.py, and when each character was re
     python sample.py                                     samples from out/ckpt.pt
     python sample.py --prompt "ROMEO:" --show order      continue a text, coloured by order
     python sample.py --infill "To be, ____ not to be"    fill the gaps, one token for each _
+    python sample.py --length 2000                       longer than the window, which slides
     python sample.py --html out.html --svg out.svg       a page that plays it, and a still
 """
 
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from a3 import A3
 from plumbing import checkpoint, cli, pictures
-from plumbing.cli import UserError, flag, refuse
+from plumbing.cli import flag, refuse
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
 
@@ -25,11 +27,16 @@ class Settings:
     out_dir: str = flag("out", "where train_char.py wrote ckpt.pt")
     prompt: str | None = flag(None, "text to continue")
     infill: str | None = flag(None, r"text with gaps, each _ one token to fill in; \_ is a _")
+    length: int | None = flag(None, "tokens in all, prompt included [the window]", least=1)
     num_samples: int = flag(3, "how many", least=1, below=2**20)
     temperature: float = flag(1.0, "0: always the likeliest", least=0)
     top_k: int | None = flag(None, "draw among the k likeliest tokens only", least=1)
+    top_p: float | None = flag(None, "or the fewest of this probability", least=1e-9)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
-    by: str | None = flag(None, "a3, loa3: which tokens come next [left, order]", RULES)
+    drafts: int = flag(
+        1, "a3, loa3: draft so many tokens a call; the same samples, faster", least=1
+    )
+    by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
     show: str = flag("text", "or order", ("text", "order"))
     html: str | None = flag(None, "write a page that plays how the samples came about")
     svg: str | None = flag(None, "write a picture of the samples")
@@ -37,13 +44,8 @@ class Settings:
     device: str | None = flag(None, "cpu, cuda or mps [the best there is]")
 
 
-def template(prompt, infill, tokenizer, seq_len, mask_id):
-    """What is given and what is to be filled, (1, seq_len) long with mask_id for [MASK], and how
-    much of it to print.
-
-    A short text is followed by [MASK]s up to seq_len, as a diffusion model has only seen windows of
-    that length. They get filled too: the gaps are drawn as if the text went on in every possible
-    way."""
+def template(prompt, infill, tokenizer, mask_id):
+    """What is given, as a list of tokens, mask_id in its gaps."""
     parts = [prompt or ""]
     if infill is not None:
         parts = [part.replace("\0", "_") for part in infill.replace(r"\_", "\0").split("_")]
@@ -51,12 +53,32 @@ def template(prompt, infill, tokenizer, seq_len, mask_id):
     ids = tokenizer.encode(parts[0]).tolist()
     for part in parts[1:]:
         ids += [mask_id, *tokenizer.encode(part).tolist()]
-    refuse(len(ids) > seq_len, f"the text has {len(ids)} tokens, the model's window {seq_len}")
-    full = infill is None and len(ids) == seq_len
-    refuse(full, f"the prompt fills the model's window of {seq_len}: nothing left to write")
-    z = torch.full((1, seq_len), mask_id)
-    z[0, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return z, seq_len if infill is None else len(ids)
+    return ids
+
+
+def write(model, x, length, end, how):
+    """x (N, n) with its gaps filled, and written on up to length: tokens (N, length), or fewer if
+    all have come to their end, and the call that revealed each, -1 if given. Beyond its window the
+    model reads the last half of one, in whole blocks, and fills the other.
+
+    A short text is followed by [MASK]s up to seq_len, as a diffusion model has only seen windows of
+    that length. They get filled too: it is drawn as if the text went on in every possible way. For
+    an A3, what is not decoded is not there."""
+    L, K = model.config.seq_len, getattr(model.config, "block_len", 1)
+    keep, n = max(1, L // 2 // K * K) if K < L else max(1, L // 2), x.shape[1]
+    at, done, calls = torch.full_like(x, -1), False, 0
+    while not done:
+        begin = 0 if n < L or n == length else n - keep
+        wanted = min(L, length - begin)
+        z = x.new_full((len(x), wanted if isinstance(model, A3) else L), model.mask_id)
+        z[:, : n - begin] = x[:, begin:n]
+        y, when = (t[:, :wanted] for t in model.sample(z, **how))
+        x = torch.cat((x[:, :begin], y), dim=1)
+        at = torch.nn.functional.pad(at, (0, x.shape[1] - n), value=-1)
+        at[:, begin:] = torch.where(when < 0, at[:, begin:], when + calls)
+        n, calls = x.shape[1], calls + int(when.max()) + 1
+        done = n >= length or (end is not None and (x == end).any(1).all())
+    return x, at
 
 
 def main(argv=None):
@@ -65,22 +87,31 @@ def main(argv=None):
     refuse(s.prompt and s.infill, "--prompt or --infill: one of the two")
     device = cli.pick_device(s.device)
     ckpt, model = checkpoint.load(Path(s.out_dir) / "ckpt.pt", make_model, device)
-    tokenizer, name = tokenizer_of(**ckpt["tokenizer"]), ckpt["model_name"]
-    z, n = template(s.prompt, s.infill, tokenizer, model.config.seq_len, model.mask_id)
-    how = {}
-    if name in ("a3", "loa3"):
-        z = z[:, :n]  # positions that are not decoded are not there: no [MASK]s needed
-        how = dict(by=s.by)
-    refuse(s.by and not how, f"--by is for a3 and loa3; {s.out_dir} holds a model {name}")
+    tokenizer, name, L = tokenizer_of(**ckpt["tokenizer"]), ckpt["model_name"], model.config.seq_len
+    ids = template(s.prompt, s.infill, tokenizer, model.mask_id)
+    n, gaps = len(ids), s.infill is not None
+    refuse(gaps and n > L, f"the text has {n} tokens, the model's window {L}")
+    refuse(gaps and s.length, "--length is for what follows a prompt, not for --infill")
+    refuse(
+        not gaps and not s.length and n >= L, f"the prompt fills the window: --length above {n}?"
+    )
+    refuse(s.length and s.length <= n, f"--length {s.length}: the prompt has {n} tokens already")
+    length = n if gaps else s.length or L
+    refuse(s.drafts > 1 and name not in ("a3", "loa3"), f"--drafts is for a3 and loa3, not {name}")
+    how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, per_step=s.per_step)
+    how |= dict(by=s.by) if s.by else {}
+    how |= dict(drafts=s.drafts) if s.drafts > 1 else {}
     generator = torch.Generator(device).manual_seed(s.seed)
-    try:
-        x, at = model.eval().sample(
-            z.repeat(s.num_samples, 1).to(device), s.temperature, s.top_k, s.per_step,
-            generator=generator, **how,
-        )  # fmt: skip
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    samples = pictures.pieces(tokenizer, x, at, n)
+    x = torch.tensor([ids] * s.num_samples, dtype=torch.long, device=device)  # (N, n)
+    if n >= L and not gaps:
+        print(f"the model's window has {L} tokens: it reads the end of the prompt only")
+    with cli.one_line(ValueError):
+        x, at = write(model.eval(), x, length, tokenizer.end, how | dict(generator=generator))
+    samples = []
+    for row, when in zip(x.tolist(), at.tolist(), strict=True):
+        ends = [i for i, token in enumerate(row) if token == tokenizer.end and i >= n]
+        stop = ends[0] if ends else len(row)
+        samples.append((tokenizer.pieces(row[:stop]), when[:stop]))
     pictures.show(samples, s.show == "order")
     if s.html:
         best = f"validation {ckpt['best']:.3f} nats per token after {ckpt['step']:,} steps"

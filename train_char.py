@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import a3
-from plumbing import checkpoint, cli, data, pictures, processes
+from plumbing import checkpoint, cli, data, llama, pictures, processes
 from plumbing.cli import flag, refuse
 from plumbing.processes import RANK, WORLD
 
@@ -58,15 +58,9 @@ def bound(model, x, draws, generator, **how):
 
 def train_groups(s, step, x):
     """Groups for A3, and whether all have one token."""
-    curriculum = a3.Curriculum(s.lr_decay_iters, s.shares, s.group_size)
-    groups = curriculum(step, *x.shape, device=x.device)
-    return dict(groups=groups, single=curriculum.stage(step)[1] == 1)
-
-
-def explore(s, step, x):
-    """The noise of LoA3's slope: wide while the order waits, then it falls while one is chosen."""
-    done = (step - 2 * s.warmup_iters) / max(1, 2 * s.warmup_iters)
-    return dict(sigma=torch.tensor(8 - 7 * min(1.0, max(0.0, done)), device=x.device))
+    stage, size = a3.curriculum(step, s.lr_decay_iters, s.shares, s.group_size)
+    groups = (a3.random_groups if stage == 3 else a3.chunk_groups)(*x.shape, size, device=x.device)
+    return dict(groups=groups, single=size == 1)
 
 
 SIZES, ORDERED = ("seq_len", "n_layer", "n_head", "n_embd"), "lomdm lomdm-by-time"
@@ -86,8 +80,7 @@ MODELS = {  # class; what its Config has fixed, and from flags; figures, the fir
     "mdm-by-time": ("experiments.by_time.ByTime", dict(), (), BOUND),  # the papers' estimator
     "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER, BOUND),
 }  # fmt: skip
-INPUTS = {"a3": train_groups, "loa3": explore}  # what the loss takes besides x, if anything
-CHOICES = ("order.a", "order.b", "order.g.weight")  # of loa3: gradients by REINFORCE, not clipped
+INPUTS = {"a3": train_groups}  # what the loss takes besides x, if anything
 
 
 def make_model(name, config):
@@ -164,7 +157,7 @@ def settle(s, device, like=None):
         setattr(s, name, value if getattr(s, name) is None else getattr(s, name))
     cli.check(s)
     with cli.one_line(ValueError):
-        a3.Curriculum(s.lr_decay_iters, s.shares, s.group_size)
+        a3.curriculum(0, s.lr_decay_iters, s.shares, s.group_size)
     wrong = [name for name in SIZES if like and getattr(s, name) != getattr(like.config, name)]
     refuse(wrong, f"--{[*wrong, ''][0]} is not that of {s.init_from}; leave it out")
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
@@ -225,13 +218,13 @@ def train(s, device, corpus, model, ckpt, about):
     """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between two
     steps, all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
     out, named = Path(s.out_dir), dict(model.named_parameters())
-    choices = [named.pop(name) for name in CHOICES if name in named]
+    # The order of loa3 waits until the network knows some: what is easy to learn first is not what
+    # is best. A large eps: it moves by evidence, where Adam by itself would blow up noise.
+    choices = [named.pop(name) for name in list(named) if name.startswith("order.")]
     weights = list(named.values())
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
     groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
-    for p in choices:  # a large eps: they move by evidence, where Adam by itself blows up noise
-        eps = 0.3 / (p.shape[1:] or (1,))[0]  # g is divided by n_embd, and so is its gradient
-        groups.append(dict(params=[p], weight_decay=0.0, eps=eps, waits=True))
+    groups.append(dict(params=choices, weight_decay=0.0, eps=0.3, begins=s.lr_decay_iters // 3))
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
@@ -259,9 +252,8 @@ def train(s, device, corpus, model, ckpt, about):
                 each.append(torch.stack(list(metrics.values())))
             processes.average_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
-            for group in optimizer.param_groups:  # an order is chosen once the network knows some
-                waits = "waits" in group and step < 2 * s.warmup_iters
-                group["lr"] = 0.0 if waits else lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr if step >= group.get("begins", 0) else 0.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if s.ema:  # the average begins with the weights after the first step
@@ -315,7 +307,7 @@ def pretrained(s):
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
             s.tokenizer = s.tokenizer or s.init_from
-            return a3.A3.from_pretrained(folder, s.seq_len or SMALL["seq_len"], **fields), None
+            return llama.from_pretrained(folder, s.seq_len or SMALL["seq_len"], **fields), None
         ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
         refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")
         sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}

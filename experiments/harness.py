@@ -28,7 +28,7 @@ import torch
 import a3
 import lomdm
 from experiments.evidence import shown
-from plumbing import checkpoint, cli
+from plumbing import checkpoint, cli, llama
 from plumbing.cli import UserError, refuse
 from plumbing.tokenizers import HuggingFace, tokenizer_of
 from sample import RULES
@@ -43,7 +43,7 @@ def gap_bound(model, x, gap, draws, g):
     gap = gap.view(-1, K)  # (n, K)
     size = gap.sum(-1)
     steps = math.lcm(*size[size > 0].tolist())  # so that k is uniform on {0 .. size - 1}
-    k = lomdm.spread_counts(draws, len(size), steps, g, x.device)[0] * size // steps  # (draws, n)
+    k = lomdm.spread_counts(draws, len(size), steps, g, x.device) * size // steps  # (draws, n)
     w = model.order_weights(x[None]).view(1, -1, K).expand(draws, -1, -1)  # (draws, n, K)
     masked = (lomdm.race(w * gap, g).argsort(-1) >= k[..., None]) & gap
     x = x.masked_fill(hidden, 0).repeat(draws, 1)  # any token: look() costs it, nobody counts it
@@ -83,7 +83,7 @@ class Scorer:
     def __init__(self, folder, device="cpu", by=None, draws=16, batch_size=16, seed=1337):
         if Path(folder, "config.json").is_file():
             try:
-                self.model = a3.A3.from_pretrained(folder, positions=False).to(device)
+                self.model = llama.from_pretrained(folder, positions=False).to(device)
             except (ValueError, ImportError) as e:
                 raise UserError(str(e)) from None
             self.tokenizer = HuggingFace.at(folder)

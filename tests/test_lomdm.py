@@ -206,31 +206,29 @@ def test_nelbo_is_unbiased(kw, L, bound):
     assert (limit < 0.04 * jump).all()  # and the limit means something
 
 
-def test_counts_are_uniform_and_fit_the_logits(monkeypatch):
-    """k is uniform on {0..K-1} in every block of every row, and no turn leaves more masked than
-    spread_counts says, which is tight."""
+def test_counts_are_uniform(monkeypatch):
+    """k is uniform on {0..K-1} in every block of every row."""
     for B, n, K in itertools.product([1, 2, 3, 7, 8], [1, 2, 3, 5, 7, 8], [1, 2, 3, 4, 6, 8, 9]):
         N, turns = B * n, []
         for turn in range(N * K):
             with monkeypatch.context() as m:
                 m.setattr(torch, "randint", lambda high, *a, turn=turn, **kw: torch.tensor([turn]))
-                k, at_most = lomdm.spread_counts(B, n, K)
+                k = lomdm.spread_counts(B, n, K)
             turns.append(k)
         k = torch.stack(turns)  # (N K, B, n)
-        assert (K - k).sum((1, 2)).max() == at_most
         counts = torch.nn.functional.one_hot(k, K).sum(0)  # (B, n, K)
         assert (counts == N).all()
 
 
 def test_turns_are_drawn_from_all():
     """Every turn that makes a difference comes up."""
-    seen = {tuple(lomdm.spread_counts(2, 1, 3)[0].flatten().tolist()) for _ in range(200)}
+    seen = {tuple(lomdm.spread_counts(2, 1, 3).flatten().tolist()) for _ in range(200)}
     assert seen == {(0, 1), (0, 2), (1, 2), (1, 0), (2, 0), (2, 1)}
 
 
 def test_counts_are_spread_over_rows_and_blocks():
     for _ in range(10):
-        k, _ = lomdm.spread_counts(8, 4, 4)  # 8 rows, 4 blocks of 4
+        k = lomdm.spread_counts(8, 4, 4)  # 8 rows, 4 blocks of 4
         assert (k.amax(1) - k.amin(1) >= 2).all()  # those of a row lie far apart
         assert torch.equal(
             k.sort(0).values, torch.arange(4).repeat_interleave(2)[:, None].expand(8, 4)
@@ -474,7 +472,7 @@ def test_gradient_of_loss_is_that_of_the_bound(block_len, weights, monkeypatch):
 
     value, surrogate_mean = 0, 0
     for k, (i, a), (j, b) in itertools.product(counts, enumerate(orders), enumerate(orders)):
-        all_masked = (torch.tensor([k]), L)
+        all_masked = torch.tensor([k])
         monkeypatch.setattr(lomdm, "spread_counts", lambda *args, k=all_masked, **kw: k)
         monkeypatch.setattr(lomdm, "race", lambda *args, a=a, b=b: torch.tensor([a, b]))
         loss, metrics = model.loss(x)
@@ -499,7 +497,7 @@ def test_loss_of_a_batch_by_hand(monkeypatch):
     model = make(L=6, block_len=3, learn_order=True)
     x, k = torch.randint(V, (2, 6)), torch.tensor([[1, 2], [2, 0]])
     orders = torch.stack([torch.stack([torch.randperm(3) for _ in range(2)]) for _ in range(4)])
-    monkeypatch.setattr(lomdm, "spread_counts", lambda *a, **kw: (k, 12))
+    monkeypatch.setattr(lomdm, "spread_counts", lambda *a, **kw: k)
     monkeypatch.setattr(lomdm, "race", lambda *a: orders)
     loss, _ = model.loss(x)
 
@@ -641,11 +639,11 @@ def test_cached_samples_are_those_without_a_cache(kw, z, per_step, monkeypatch):
 
     monkeypatch.setattr(lomdm.Block, "forward", spy)
     generator = torch.Generator()
-    want = model.sample(z, 1.3, None, per_step, generator.manual_seed(7), cache=False)
+    want = model.sample(z, 1.3, None, per_step, generator=generator.manual_seed(7), cache=False)
     each = len(model.blocks) + kw.get("learn_order", False)  # passes of blocks in a call
     plain = read[::each]
     read.clear()
-    got = model.sample(z, 1.3, None, per_step, generator.manual_seed(7))
+    got = model.sample(z, 1.3, None, per_step, generator=generator.manual_seed(7))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     cached = read[::each]
     assert len(cached) == len(plain)
@@ -702,9 +700,107 @@ def test_temperature_and_top_k():
     )
     assert chi_square(x[:, 3].bincount(minlength=V), p) < 4
     nan, inf = dict(temperature=math.nan), dict(temperature=math.inf)
-    for bad in [dict(temperature=-1), nan, inf, dict(per_step=0), dict(top_k=0)]:
+    for bad in [dict(temperature=-1), nan, inf, dict(top_k=0), dict(top_p=0), dict(top_p=1.1)]:
         with pytest.raises(ValueError, match="temperature must be"):
             model.sample(z, **bad)
+    with pytest.raises(ValueError, match="per_step must be at least 1"):
+        model.sample(z, per_step=0)
+    with pytest.raises(ValueError, match="by must be order, left"):
+        make().sample(torch.full((1, 4), V), by="luck")
+
+
+def test_top_p():
+    """The fewest of the likeliest tokens that together reach it: by hand, and drawn."""
+    logits, g = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(1, 20_000, 4), torch.Generator()
+    for top_p, want in ((0.4, [0, 1, 0, 0]), (0.51, [0, 5, 0, 3]), (0.96, [15, 50, 5, 30])):
+        got = lomdm.draw(logits, g.manual_seed(0), top_p=top_p)[0].bincount(minlength=4) / 20_000
+        assert torch.allclose(got, torch.tensor(want) / sum(want), atol=0.015)
+        assert ((got == 0) == (torch.tensor(want) == 0)).all()
+    model, z = make(block_len=1), torch.full((300, 4), V)
+    first = model.log_probs(z[:1])[0, 0].exp().sort(descending=True)
+    both = first.values[:2].sum().item()
+    x = model.sample(z, top_p=both - 1e-9)[0][:, 0]
+    assert set(x.tolist()) == set(first.indices[:2].tolist())
+
+
+# ---- which positions come next, and the likelihood of a decoder ----------------------------------
+RULES = ("left", "confidence", "entropy", "margin", "order")
+DECODERS = [dict(learn_order=True), dict(learn_order=True, block_len=2), dict(block_len=1)]
+
+
+def walk(model, row, by, per_step):
+    """A decoder forced along one text, a naive loop: the positions it takes at each call, and log p
+    of the text."""
+    L, K = len(row), model.config.block_len
+    z, taken, total = torch.full((1, L), V), [], 0.0
+    while (z == V).any():
+        b = min(i for i in range(L) if z[0, i] == V) // K
+        open = [i for i in range(b * K, (b + 1) * K) if z[0, i] == V]
+        seen = z.clone()
+        seen[0, (b + 1) * K :] = V
+        log_mu, w_hat = model.log_probs(seen)[0], model.order_weights_hat(seen)[0]
+        p = log_mu.exp()
+        top = p.sort(dim=-1, descending=True).values
+        score = {
+            "left": -torch.arange(L),
+            "confidence": top[:, 0],
+            "entropy": (p * log_mu).sum(-1),
+            "margin": top[:, 0] - top[:, 1],
+            "order": w_hat,
+        }[by]
+        now = sorted(open, key=lambda i: -score[i].item())[:per_step]
+        total += sum(log_mu[i, row[i]].item() for i in now)
+        z[0, now] = row[now]
+        taken.append(now)
+    return taken, total
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES)
+@torch.no_grad()
+def test_decoder_log_prob_is_a_walk_and_sums_to_one(kw, by):
+    model = make(**kw)
+    for per_step in (1, 2, 3):
+        got = model.decoder_log_prob(texts(4), by, per_step)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-10)
+        for n in (0, 25, 70):
+            want = walk(model, texts(4)[n], by, per_step)[1]
+            assert got[n].item() == pytest.approx(want, abs=1e-10)
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES[:4])
+@torch.no_grad()
+def test_samples_take_the_positions_of_their_rule(kw, by):
+    """In the order that the walk along the sampled text takes; and they are drawn from p of it."""
+    model, g = make(**kw), torch.Generator().manual_seed(0)
+    x, at = model.sample(torch.full((40_000, 4), V), by=by, generator=g)
+    for n in range(20):
+        taken = walk(model, x[n], by, 1)[0]
+        assert [at[n, now].item() for now in taken] == list(range(len(taken)))
+    p = model.decoder_log_prob(texts(4), by).exp()
+    counts, rare = (x * V ** torch.arange(3, -1, -1)).sum(1).bincount(minlength=V**4), p < 3e-4
+    counts, p = (torch.cat((t[~rare], t[rare].sum()[None])) for t in (counts, p))
+    assert chi_square(counts, p) < 4
+
+
+@torch.no_grad()
+def test_random_positions_of_a_learned_order():
+    """by="random" is the uniform order of an MDM, whatever w_hat says."""
+    at = make(learn_order=True).sample(torch.full((24_000, 4), V), by="random")[1]
+    orders = at @ 4 ** torch.arange(4)
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 24 and chi_square(counts, torch.full((24,), 1 / 24)) < 4
+
+
+def test_a_random_decoder_has_no_likelihood():
+    x = texts(4)[:1]
+    for model, by in ((make(learn_order=True), "random"), (make(), "order")):
+        with pytest.raises(ValueError, match="other steps each time; nelbo"):
+            model.decoder_log_prob(x, by)
+    assert torch.allclose(
+        make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x)
+    )
 
 
 # 9 ---- no leak -----------------------------------------------------------------------------------
@@ -912,18 +1008,6 @@ def test_loss_compiles_to_one_graph(name):
         want = model.loss(x)[0]
         torch.manual_seed(seed)
         torch.testing.assert_close(compiled(x)[0], want)
-
-
-def test_too_small_a_limit_is_loud():
-    """at_most must never leave a hidden token out silently: all is NaN then."""
-    model, x = make(), texts(4)[:5]
-    masked = torch.ones(5, 1, 4, dtype=torch.bool)
-    want = model.look(x, masked)[0]
-    torch.testing.assert_close(model.look(x, masked, 20)[0], want)
-    assert model.look(x, masked, 19)[0].isnan().any()
-    some = masked & (torch.arange(4) < 2)
-    torch.testing.assert_close(model.look(x, some, 10)[0], model.look(x, some)[0])
-    assert model.look(x, some, 9)[0].isnan().any()
 
 
 @pytest.mark.parametrize("token", [-100, -1, V + 1, 50])

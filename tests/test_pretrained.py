@@ -1,4 +1,4 @@
-"""A3.from_pretrained() against transformers, on small random models of each kind it reads; and the
+"""plumbing/llama.py against transformers, on small random models of each kind it reads; and the
 way from such a folder through train_char.py and sample.py."""
 
 import json
@@ -13,7 +13,7 @@ import torch
 import a3
 import sample
 import train_char
-from plumbing import data
+from plumbing import data, llama
 from plumbing.cli import UserError
 from plumbing.tokenizers import HuggingFace
 
@@ -66,7 +66,7 @@ def their_logits(model, x):
 
 @torch.no_grad()
 def check_same(theirs, folder, **how):
-    mine = a3.A3.from_pretrained(folder, **how).eval()
+    mine = llama.from_pretrained(folder, **how).eval()
     assert {p.dtype for p in mine.parameters()} == {torch.float32}
     x = torch.randint(V, (3, L), generator=torch.Generator().manual_seed(1))
     want, got = their_logits(theirs, x), mine(x, a3.chunk_groups(*x.shape))
@@ -76,7 +76,7 @@ def check_same(theirs, folder, **how):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def small(tmp_path_factory):
     """A model, and the folder it was saved to."""
     folder, model = tmp_path_factory.mktemp("llama"), random_model()
     model.save_pretrained(folder)
@@ -101,8 +101,8 @@ def test_left_to_right_it_is_that_model(tmp_path, kind):
 
 
 @pytest.mark.parametrize("how", [dict(seq_len=L), dict(positions=False), dict(seq_len=L + 1)])
-def test_neither_window_nor_learned_positions_change_it(llama, how):
-    mine, _ = check_same(*llama, **how)
+def test_neither_window_nor_learned_positions_change_it(small, how):
+    mine, _ = check_same(*small, **how)
     assert mine.config.seq_len == how.get("seq_len", 64)
 
 
@@ -138,7 +138,7 @@ def test_bfloat16_weights_become_float32(tmp_path):
 def test_a_model_without_bos_gets_a_start_token_of_its_own(tmp_path):
     """As some Qwens need. Its embedding is random: there is no likelihood to compare."""
     random_model(bos_token_id=None).save_pretrained(tmp_path)
-    mine = a3.A3.from_pretrained(tmp_path)
+    mine = llama.from_pretrained(tmp_path)
     assert mine.start_id == V and len(mine.wte.weight) == V + 1
     assert mine(torch.zeros(1, 3, dtype=torch.long), a3.chunk_groups(1, 3)).shape == (1, 3, V)
 
@@ -155,7 +155,7 @@ def test_real_model():
     x = torch.from_numpy(HuggingFace.at(folder).encode(text).astype("int64"))[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     want = torch.nn.functional.cross_entropy(their_logits(theirs.eval(), x)[0], x[0]).item()
-    mine = a3.A3.from_pretrained(folder, x.shape[1]).eval()
+    mine = llama.from_pretrained(folder, x.shape[1]).eval()
     assert mine.nelbo(x, size=0).item() / x.shape[1] == pytest.approx(want, abs=1e-3)
     assert want < 4  # it knows English
 
@@ -164,8 +164,8 @@ def test_real_model():
 
 
 @pytest.fixture
-def any_order(llama):
-    return a3.A3.from_pretrained(llama[1], L, positions=False).double().eval()
+def any_order(small):
+    return llama.from_pretrained(small[1], L, positions=False).double().eval()
 
 
 @torch.no_grad()
@@ -292,14 +292,14 @@ MISTAKES = {
 def refusal(folder, *how, **changes):
     """The message, which is a line."""
     with pytest.raises(ValueError) as e:
-        a3.A3.from_pretrained(folder, *how, **changes)
+        llama.from_pretrained(folder, *how, **changes)
     assert "\n" not in str(e.value) and str(e.value).startswith(f"{folder} cannot be loaded: ")
     return str(e.value)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_does_not_fit_is_one_line(llama, tmp_path, mistake):
-    shutil.copytree(llama[1], tmp_path / "model")
+def test_what_does_not_fit_is_one_line(small, tmp_path, mistake):
+    shutil.copytree(small[1], tmp_path / "model")
     spoil, message = MISTAKES[mistake]
     spoil(tmp_path / "model")
     assert message in refusal(tmp_path / "model")
@@ -312,9 +312,9 @@ def test_one_of_several_files_is_cut_off_or_missing(tmp_path, spoil, message):
     assert message in refusal(tmp_path)
 
 
-def test_fields_that_there_are_not(llama):
-    assert "'width'" in refusal(llama[1], width=3)
-    assert "dropout must be" in refusal(llama[1], dropout=2.0)
+def test_fields_that_there_are_not(small):
+    assert "'width'" in refusal(small[1], width=3)
+    assert "dropout must be" in refusal(small[1], dropout=2.0)
 
 
 # ---- train_char.py and sample.py -----------------------------------------------------------------

@@ -15,14 +15,16 @@ TINY = "--n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_size 4 --device 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with the checkpoints of a small LoMDM in out/ and of an A3 in a3/."""
+    """A folder with the checkpoints of a small LoMDM in out/, and of others by their names."""
     where = tmp_path_factory.mktemp("trained")
     old = os.getcwd()
     os.chdir(where)
     Path("text.txt").write_text("to be, or not to be\n_" * 100)
     flags = f"--data text.txt --data_dir tokens --max_iters 1 {TINY}"
     train_char.main(flags.split())
-    train_char.main([*flags.split(), "--model", "a3", "--out_dir", "a3"])
+    for model in ("a3", "loa3", "arm", "mdm", "block"):
+        more = ["--block_len", "4"] if model == "block" else []
+        train_char.main([*flags.split(), "--model", model, "--out_dir", model, *more])
     os.chdir(old)
     return where
 
@@ -35,8 +37,14 @@ def trained(tmp_path_factory):
         (["--prompt", "to", "--infill", "t_"], "one of the two"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--device", "cpu:7"], "none here"),
-        (["--prompt", "to be, or not to "], "17 tokens, the model's window 16"),
-        (["--prompt", "to be, or not to"], "nothing left to write"),
+        (["--prompt", "to be, or not to "], "the prompt fills the window: --length above 17"),
+        (["--prompt", "to be, or not to"], "the prompt fills the window: --length above 16"),
+        (["--prompt", "to be", "--length", "5"], "the prompt has 5 tokens already"),
+        (["--infill", "to _e", "--length", "9"], "not for --infill"),
+        (["--drafts", "2"], "--drafts is for a3 and loa3, not lomdm"),
+        (["--out_dir", "a3", "--drafts", "2", "--per_step", "2"], "drafts are for 'left'"),
+        (["--out_dir", "a3", "--by", "order"], "has learned none"),
+        (["--top_p", "1.5"], "top_p in"),
         (["--infill", "to be"], "needs a gap"),
         (["--infill", r"to\_be"], "needs a gap"),
         (["--infill", "to be, or not to _"], "18 tokens"),
@@ -51,7 +59,6 @@ def trained(tmp_path_factory):
         (["--html", str(sample.pictures.PAGE)], "is the template of the page"),
         (["--svg", str(sample.pictures.PAGE)], "is the template of the page"),
         (["--device", "cuda:99"], "none here"),
-        (["--by", "left"], "--by is for a3 and loa3; out holds a model lomdm"),
         (["--out_dir", "a3", "--by", "margin", "--per_step", "0"], "--per_step must be at least 1"),
         (["--out_dir", "a3", "--infill", "to be, or not to _"], "18 tokens"),
     ],
@@ -156,3 +163,112 @@ def test_tiny_temperatures(trained, monkeypatch, capsys):
             sample.main(f"--device cpu --out_dir {out_dir} --temperature {temperature}".split())
             outs.add((out_dir, capsys.readouterr().out))
     assert len(outs) == 2
+
+
+@pytest.mark.parametrize("model", ["out", "a3", "loa3", "arm", "mdm", "block"])
+def test_every_model_by_every_rule(trained, monkeypatch, capsys, model):
+    monkeypatch.chdir(trained)
+    for by in sample.RULES:
+        if (model, by) != ("a3", "order"):
+            flags = (
+                f"--device cpu --out_dir {model} --num_samples 2 --by {by} --top_p 0.9 --top_k 5"
+            )
+            sample.main([*flags.split(), "--infill", "to __, or n_"])
+            texts = capsys.readouterr().out.split("--- sample")[1:]
+            for text in texts:
+                text = text.split("\n", 1)[1]
+                assert text[:3] == "to " and text[5:11] == ", or n"
+
+
+@pytest.mark.parametrize("model", ["out", "a3", "arm", "block"])
+def test_texts_beyond_the_window(trained, monkeypatch, model):
+    """Each window begins with the end of the text so far, half a window in whole blocks, and what
+    was written stays."""
+    monkeypatch.chdir(trained)
+    _, net = sample.checkpoint.load(Path(model) / "ckpt.pt", train_char.make_model)
+    windows, real = [], net.sample
+
+    def spy(z, **how):
+        y, at = real(z, **how)
+        windows.append((z, y))
+        return y, at
+
+    monkeypatch.setattr(net, "sample", spy)
+    start = torch.tensor([[3, 1, 2]] * 2)
+    for given in (3, 16, 20):
+        windows.clear()
+        prompt = start[:, :1].repeat(1, given)
+        x, at = sample.write(
+            net, prompt, 45, None, dict(generator=torch.Generator().manual_seed(0))
+        )
+        assert x.shape == at.shape == (2, 45) and (x < net.mask_id).all()
+        assert torch.equal(x[:, :given], prompt) and (at[:, :given] == -1).all()
+        assert (at[:, given:] >= 0).all()
+        n = given
+        for z, y in list(windows):
+            begin = 0 if n < 16 else n - 8
+            assert torch.equal(z[:, : n - begin], x[:, begin:n])
+            assert (z[:, n - begin :] == net.mask_id).all()
+            n = min(45, begin + 16)
+            assert torch.equal(y[:, : n - begin], x[:, begin:n])
+        assert n == 45
+        calls = at[0, given:].unique()  # a diffusion model fills whole windows, then they are cut
+        if model not in ("a3", "arm"):
+            calls = calls.argsort()
+        assert torch.equal(calls, torch.arange(len(calls)))
+
+
+def test_length_on_the_command_line(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    flags = ["--device", "cpu", "--num_samples", "2", "--out_dir", "arm"]
+    for length in ("5", "50"):
+        sample.main([*flags, "--prompt", "to b", "--length", length, "--html", "a.html"])
+        texts = capsys.readouterr().out.split("--- sample")[1:]
+        for text in texts:
+            body = text.split("\n", 1)[1].split("\nwrote")[0].rstrip("\n")
+            assert body.startswith("to b") and abs(len(body) - int(length)) <= 2  # a last line end
+    sample.main([*flags, "--prompt", "to be, or not to be", "--length", "30"])
+    assert "it reads the end of the prompt only" in capsys.readouterr().out
+
+
+def test_texts_end_at_their_end(trained, monkeypatch):
+    """With a tokenizer that has an end of text, here the letter b: nothing is written once all have
+    come to it, and nothing after it is shown."""
+    monkeypatch.chdir(trained)
+    ckpt, net = sample.checkpoint.load(Path("arm") / "ckpt.pt", train_char.make_model)
+    tokenizer = sample.tokenizer_of(**ckpt["tokenizer"])
+    end = int(tokenizer.encode("b")[0])
+    g = torch.Generator().manual_seed(0)
+    x, _ = sample.write(net, torch.zeros(2, 1).long(), 4000, end, dict(generator=g))
+    assert x.shape[1] < 400 and (x == end).any(1).all()
+    monkeypatch.setattr(type(tokenizer), "end", end)
+    seen = []
+    monkeypatch.setattr(sample.pictures, "show", lambda samples, order: seen.extend(samples))
+    sample.main(
+        [
+            "--device",
+            "cpu",
+            "--num_samples",
+            "5",
+            "--out_dir",
+            "arm",
+            "--length",
+            "400",
+            "--prompt",
+            "b",
+        ]
+    )
+    assert len(seen) == 5
+    for pieces, at in seen:
+        assert len(pieces) == len(at) < 400 and pieces[0] == "b" and "b" not in pieces[1:]
+
+
+def test_drafts_on_the_command_line(trained, monkeypatch, capsys):
+    """Greedy, they change nothing."""
+    monkeypatch.chdir(trained)
+    outs = set()
+    for drafts in "1234":
+        flags = f"--device cpu --out_dir a3 --temperature 0 --num_samples 2 --drafts {drafts}"
+        sample.main([*flags.split(), "--prompt", "to"])
+        outs.add(capsys.readouterr().out)
+    assert len(outs) == 1
