@@ -460,8 +460,8 @@ class A3(nn.Module):
     def decoder_log_prob(self, x, by="left", per_step=1):
         """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: its steps on the way to
         x (B, L), and (1) with these as groups. "order": the likeliest by q_hat."""
-        if by == "random":
-            raise ValueError("by 'random' takes other steps each time; nelbo() is their mean")
+        if by == "random" or (by == "order" and not self.order):
+            raise ValueError(f"by {by!r} takes other steps each time; nelbo() is their mean")
         groups = chunk_groups(*x.shape, per_step, x.device)
         if by == "order":
             s = self.order.log_weights(x.shape[1])[self.order.shares().argmax()]

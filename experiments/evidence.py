@@ -13,6 +13,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence variance runs/lomdm                  orders against times
     python -m experiments.evidence samples runs/lomdm --judge runs/arm  orders while sampling
     python -m experiments.evidence infill runs/a3 runs/lomdm            gaps in validation windows
+    python -m experiments.evidence decoders runs/mdm --windows 500      exact costs of decoders
 
 Standard errors are over windows of the validation split, or over seeds where it says so.
 """
@@ -34,6 +35,7 @@ from experiments.by_time import ByTime
 from experiments.runs import Run, by_seed
 from plumbing import cli, pictures
 from plumbing.cli import refuse
+from sample import RULES
 
 
 def load(out_dir, a):
@@ -365,6 +367,23 @@ def samples(a):
             print(f"{run.name:16} {how:8} {n:6}   {own} {cost:15} {entropy:9.4f}")
 
 
+def decoders(a):
+    """What a decoder that goes by a rule really gives to the validation text: exact nats per token,
+    one token a call; and how far that is from the bound, on the same windows."""
+    for out_dir in a.out_dirs:
+        run = load(out_dir, a)
+        L = run.val.shape[1]
+        bound = run.over_windows(lambda m, x, g: m.nelbo(x, 4, generator=g)) / L
+        print(f"{run.name:20} bound       {shown(bound)}")
+        for by in RULES:
+            try:
+                nats = run.over_windows(lambda m, x, _, by=by: -m.decoder_log_prob(x, by)) / L
+            except ValueError:  # takes other steps each time, or has learned no order
+                continue
+            more, error = mean_error(nats - bound)
+            print(f"{'':20} {by:11} {shown(nats)}, {more:+.4f} ± {error:.4f}", flush=True)
+
+
 # ---- orders against times ------------------------------------------------------------------------
 def variance(a):
     """The two estimators on the same 16 windows, many draws each: the standard deviation of the
@@ -427,6 +446,7 @@ COMMANDS = {  # what each takes besides out_dirs
     variance: ("draws", *OF_MODELS),
     samples: ("judge", "samples", *OF_MODELS),
     infill: OF_MODELS,
+    decoders: OF_MODELS,
 }
 
 

@@ -15,7 +15,7 @@ import torch
 import a3
 import lomdm
 import train_char
-from experiments import bench, evidence
+from experiments import bench, evidence, speed
 from experiments.by_time import ByTime, Config
 from experiments.runs import Run
 from plumbing import checkpoint
@@ -268,6 +268,53 @@ def test_bounds_are_those_of_nelbo(runs, monkeypatch, capsys):
     assert differences[1] == "arm - other: not on the same windows, no difference"
 
 
+def test_decoders_are_exact(runs, monkeypatch, capsys):
+    """What it prints are means of decoder_log_prob, and an MDM by "order" has none."""
+    monkeypatch.chdir(runs)
+    evidence.main(["decoders", "mdm", "--windows", "5"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:2] == ["mdm", "bound"]
+    found = {row[0]: float(row[1]) for row in rows[1:]}
+    assert list(found) == ["left", "confidence", "entropy", "margin"]
+    run = Run("mdm", windows=5)
+    for by, nats in found.items():
+        want = -run.model.decoder_log_prob(run.val, by).mean().item() / 16
+        assert nats == pytest.approx(want, abs=1e-4)
+
+
+def test_speed(runs, monkeypatch, capsys):
+    """Every way of every model; the judge's cost is that of an ARM; drafts need fewer calls."""
+    monkeypatch.chdir(runs)
+    flags = [
+        "--judge",
+        "arm",
+        "--samples",
+        "4",
+        "--repeats",
+        "1",
+        "--batches",
+        "1",
+        "2",
+        "--windows",
+        "9",
+    ]
+    speed.main(["arm", "mdm", "a3", "loa3", "blocks", *flags])
+    head, judge, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["run", "way"] and head.count("tok/s") == 2
+    exact = Run("arm", windows=9)
+    want = exact.model.nelbo(exact.val).mean().item() / 16
+    assert float(judge.split()[3]) == pytest.approx(want, abs=1e-4)
+    ways = [speed.ways(name) for name in ("arm", "mdm", "a3", "loa3", "lomdm")]
+    assert len(rows) == sum(map(len, ways)) and rows[0].split()[5] == "1.00"
+    calls = {(row[:20].strip(), row[21:37].strip()): float(row[37:].split()[4]) for row in rows}
+    assert calls["arm", "1 a call"] == 1 and calls["mdm", "4 a call"] == 0.25
+    assert 1 / 8 <= calls["a3", "8 drafts"] <= 1
+    with pytest.raises(UserError, match="holds no ARM"):
+        speed.main(["arm", "--judge", "mdm"])
+    with pytest.raises(UserError, match="--repeats must be at least 1"):
+        speed.main(["arm", "--repeats", "0"])
+
+
 @pytest.mark.parametrize(
     "argv,says",
     [
@@ -283,6 +330,7 @@ def test_bounds_are_those_of_nelbo(runs, monkeypatch, capsys):
         ("infill a3 lomdm mdm blocks", "in gaps of 4 (bound)"),
         ("infill arm --windows 1", "arm              2."),
         ("variance mdm lomdm by_time --draws 3", "times   loss"),
+        ("decoders mdm blocks arm a3 loa3 --windows 3", "order "),
         ("table a3 by_time", "exact, random groups of 4       1"),
         ("bounds by_time blocks --windows 1", "by_time - blocks: "),
     ],
