@@ -373,7 +373,7 @@ def decoders(a):
     for out_dir in a.out_dirs:
         run = load(out_dir, a)
         L = run.val.shape[1]
-        bound = run.over_windows(lambda m, x, g: m.nelbo(x, 4, generator=g)) / L
+        bound = run.over_windows(lambda m, x, g: m.nelbo(x, 32, generator=g)) / L
         print(f"{run.name:20} bound       {shown(bound)}")
         for by in RULES:
             try:

@@ -763,7 +763,7 @@ def test_decoder_log_prob_is_a_walk_and_sums_to_one(kw, by):
     for per_step in (1, 2, 3):
         got = model.decoder_log_prob(texts(4), by, per_step)
         assert got.exp().sum().item() == pytest.approx(1, abs=1e-10)
-        for n in (0, 25, 70):
+        for n in range(per_step - 1, 81, 3):
             want = walk(model, texts(4)[n], by, per_step)[1]
             assert got[n].item() == pytest.approx(want, abs=1e-10)
 
@@ -793,6 +793,13 @@ def test_random_positions_of_a_learned_order():
     assert len(counts) == 24 and chi_square(counts, torch.full((24,), 1 / 24)) < 4
 
 
+def test_rules_differ():
+    """By hand: three positions, of which each rule takes another."""
+    p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
+    best = {by: lomdm.certainty(p.log()[None], by).argmax().item() for by in RULES[:4]}
+    assert best == {"left": 0, "confidence": 0, "entropy": 2, "margin": 1}
+
+
 def test_a_random_decoder_has_no_likelihood():
     x = texts(4)[:1]
     for model, by in ((make(learn_order=True), "random"), (make(), "order")):
@@ -801,6 +808,297 @@ def test_a_random_decoder_has_no_likelihood():
     assert torch.allclose(
         make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x)
     )
+
+
+def test_top_p():
+    """The fewest of the likeliest tokens that together reach it: by hand, and drawn."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    for top_p, want in ((0.4, [0, 1, 0, 0]), (0.51, [0, 5, 0, 3]), (0.96, [15, 50, 5, 30])):
+        want = torch.tensor(want) / sum(want)
+        for module in (lomdm, a3):
+            assert torch.allclose(module.probabilities(logits, top_p=top_p), want)
+    model, z = make(block_len=1), torch.full((300, 4), V)
+    first = model.log_probs(z[:1])[0, 0].exp().sort(descending=True)
+    both = first.values[:2].sum().item()
+    x = model.sample(z, top_p=both - 1e-9)[0][:, 0]
+    assert set(x.tolist()) == set(first.indices[:2].tolist())
+
+
+# ---- which positions come next, and the likelihood of a decoder ----------------------------------
+RULES = ("left", "confidence", "entropy", "margin", "order")
+DECODERS = [dict(learn_order=True), dict(learn_order=True, block_len=2), dict(block_len=1)]
+
+
+def walk(model, row, by, per_step):
+    """A decoder forced along one text, a naive loop: the positions it takes at each call, and log p
+    of the text."""
+    L, K = len(row), model.config.block_len
+    z, taken, total = torch.full((1, L), V), [], 0.0
+    while (z == V).any():
+        b = min(i for i in range(L) if z[0, i] == V) // K
+        open = [i for i in range(b * K, (b + 1) * K) if z[0, i] == V]
+        seen = z.clone()
+        seen[0, (b + 1) * K :] = V
+        log_mu, w_hat = model.log_probs(seen)[0], model.order_weights_hat(seen)[0]
+        p = log_mu.exp()
+        top = p.sort(dim=-1, descending=True).values
+        score = {
+            "left": -torch.arange(L),
+            "confidence": top[:, 0],
+            "entropy": (p * log_mu).sum(-1),
+            "margin": top[:, 0] - top[:, 1],
+            "order": w_hat,
+        }[by]
+        now = sorted(open, key=lambda i: -score[i].item())[:per_step]
+        total += sum(log_mu[i, row[i]].item() for i in now)
+        z[0, now] = row[now]
+        taken.append(now)
+    return taken, total
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES)
+@torch.no_grad()
+def test_decoder_log_prob_is_a_walk_and_sums_to_one(kw, by):
+    model = make(**kw)
+    for per_step in (1, 2, 3):
+        got = model.decoder_log_prob(texts(4), by, per_step)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-10)
+        for n in range(per_step - 1, 81, 3):
+            want = walk(model, texts(4)[n], by, per_step)[1]
+            assert got[n].item() == pytest.approx(want, abs=1e-10)
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES[:4])
+@torch.no_grad()
+def test_samples_take_the_positions_of_their_rule(kw, by):
+    """In the order that the walk along the sampled text takes; and they are drawn from p of it."""
+    model, g = make(**kw), torch.Generator().manual_seed(0)
+    x, at = model.sample(torch.full((40_000, 4), V), by=by, generator=g)
+    for n in range(20):
+        taken = walk(model, x[n], by, 1)[0]
+        assert [at[n, now].item() for now in taken] == list(range(len(taken)))
+    p = model.decoder_log_prob(texts(4), by).exp()
+    assert chi_square((x * V ** torch.arange(3, -1, -1)).sum(1).bincount(minlength=V**4), p) < 4
+
+
+@torch.no_grad()
+def test_random_positions_of_a_learned_order():
+    """by="random" is the uniform order of an MDM, whatever w_hat says."""
+    at = make(learn_order=True).sample(torch.full((24_000, 4), V), by="random")[1]
+    orders = at @ 4 ** torch.arange(4)
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 24 and chi_square(counts, torch.full((24,), 1 / 24)) < 4
+
+
+def test_rules_differ():
+    """By hand: three positions, of which each rule takes another."""
+    p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
+    best = {by: lomdm.certainty(p.log()[None], by).argmax().item() for by in RULES[:4]}
+    assert best == {"left": 0, "confidence": 0, "entropy": 2, "margin": 1}
+
+
+def test_a_random_decoder_has_no_likelihood():
+    x = texts(4)[:1]
+    for model, by in ((make(learn_order=True), "random"), (make(), "order")):
+        with pytest.raises(ValueError, match="other steps each time; nelbo"):
+            model.decoder_log_prob(x, by)
+    assert torch.allclose(make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x))
+
+
+def test_top_p():
+    """The fewest of the likeliest tokens that together reach it: by hand, and drawn."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    for top_p, want in ((0.4, [0, 1, 0, 0]), (0.51, [0, 5, 0, 3]), (0.96, [15, 50, 5, 30])):
+        want = torch.tensor(want) / sum(want)
+        for module in (lomdm, a3):
+            assert torch.allclose(module.probabilities(logits, top_p=top_p), want)
+    model, z = make(block_len=1), torch.full((300, 4), V)
+    first = model.log_probs(z[:1])[0, 0].exp().sort(descending=True)
+    both = first.values[:2].sum().item()
+    x = model.sample(z, top_p=both - 1e-9)[0][:, 0]
+    assert set(x.tolist()) == set(first.indices[:2].tolist())
+
+
+# ---- which positions come next, and the likelihood of a decoder ----------------------------------
+RULES = ("left", "confidence", "entropy", "margin", "order")
+DECODERS = [dict(learn_order=True), dict(learn_order=True, block_len=2), dict(block_len=1)]
+
+
+def walk(model, row, by, per_step):
+    """A decoder forced along one text, a naive loop: the positions it takes at each call, and log p
+    of the text."""
+    L, K = len(row), model.config.block_len
+    z, taken, total = torch.full((1, L), V), [], 0.0
+    while (z == V).any():
+        b = min(i for i in range(L) if z[0, i] == V) // K
+        open = [i for i in range(b * K, (b + 1) * K) if z[0, i] == V]
+        seen = z.clone()
+        seen[0, (b + 1) * K :] = V
+        log_mu, w_hat = model.log_probs(seen)[0], model.order_weights_hat(seen)[0]
+        p = log_mu.exp()
+        top = p.sort(dim=-1, descending=True).values
+        score = {
+            "left": -torch.arange(L),
+            "confidence": top[:, 0],
+            "entropy": (p * log_mu).sum(-1),
+            "margin": top[:, 0] - top[:, 1],
+            "order": w_hat,
+        }[by]
+        now = sorted(open, key=lambda i: -score[i].item())[:per_step]
+        total += sum(log_mu[i, row[i]].item() for i in now)
+        z[0, now] = row[now]
+        taken.append(now)
+    return taken, total
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES)
+@torch.no_grad()
+def test_decoder_log_prob_is_a_walk_and_sums_to_one(kw, by):
+    model = make(**kw)
+    for per_step in (1, 2, 3):
+        got = model.decoder_log_prob(texts(4), by, per_step)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-10)
+        for n in range(per_step - 1, 81, 3):
+            want = walk(model, texts(4)[n], by, per_step)[1]
+            assert got[n].item() == pytest.approx(want, abs=1e-10)
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES[:4])
+@torch.no_grad()
+def test_samples_take_the_positions_of_their_rule(kw, by):
+    """In the order that the walk along the sampled text takes; and they are drawn from p of it."""
+    model, g = make(**kw), torch.Generator().manual_seed(0)
+    x, at = model.sample(torch.full((40_000, 4), V), by=by, generator=g)
+    for n in range(20):
+        taken = walk(model, x[n], by, 1)[0]
+        assert [at[n, now].item() for now in taken] == list(range(len(taken)))
+    p = model.decoder_log_prob(texts(4), by).exp()
+    assert chi_square((x * V ** torch.arange(3, -1, -1)).sum(1).bincount(minlength=V**4), p) < 4
+
+
+@torch.no_grad()
+def test_random_positions_of_a_learned_order():
+    """by="random" is the uniform order of an MDM, whatever w_hat says."""
+    at = make(learn_order=True).sample(torch.full((24_000, 4), V), by="random")[1]
+    orders = at @ 4 ** torch.arange(4)
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 24 and chi_square(counts, torch.full((24,), 1 / 24)) < 4
+
+
+def test_rules_differ():
+    """By hand: three positions, of which each rule takes another."""
+    p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
+    best = {by: lomdm.certainty(p.log()[None], by).argmax().item() for by in RULES[:4]}
+    assert best == {"left": 0, "confidence": 0, "entropy": 2, "margin": 1}
+
+
+def test_a_random_decoder_has_no_likelihood():
+    x = texts(4)[:1]
+    for model, by in ((make(learn_order=True), "random"), (make(), "order")):
+        with pytest.raises(ValueError, match="other steps each time; nelbo"):
+            model.decoder_log_prob(x, by)
+    assert torch.allclose(make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x))
+
+
+def test_top_p():
+    """The fewest of the likeliest tokens that together reach it: by hand, and drawn."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    for top_p, want in ((0.4, [0, 1, 0, 0]), (0.51, [0, 5, 0, 3]), (0.96, [15, 50, 5, 30])):
+        want = torch.tensor(want) / sum(want)
+        for module in (lomdm, a3):
+            assert torch.allclose(module.probabilities(logits, top_p=top_p), want)
+    model, z = make(block_len=1), torch.full((300, 4), V)
+    first = model.log_probs(z[:1])[0, 0].exp().sort(descending=True)
+    both = first.values[:2].sum().item()
+    x = model.sample(z, top_p=both - 1e-9)[0][:, 0]
+    assert set(x.tolist()) == set(first.indices[:2].tolist())
+
+
+# ---- which positions come next, and the likelihood of a decoder ----------------------------------
+RULES = ("left", "confidence", "entropy", "margin", "order")
+DECODERS = [dict(learn_order=True), dict(learn_order=True, block_len=2), dict(block_len=1)]
+
+
+def walk(model, row, by, per_step):
+    """A decoder forced along one text, a naive loop: the positions it takes at each call, and log p
+    of the text."""
+    L, K = len(row), model.config.block_len
+    z, taken, total = torch.full((1, L), V), [], 0.0
+    while (z == V).any():
+        b = min(i for i in range(L) if z[0, i] == V) // K
+        open = [i for i in range(b * K, (b + 1) * K) if z[0, i] == V]
+        seen = z.clone()
+        seen[0, (b + 1) * K :] = V
+        log_mu, w_hat = model.log_probs(seen)[0], model.order_weights_hat(seen)[0]
+        p = log_mu.exp()
+        top = p.sort(dim=-1, descending=True).values
+        score = {
+            "left": -torch.arange(L),
+            "confidence": top[:, 0],
+            "entropy": (p * log_mu).sum(-1),
+            "margin": top[:, 0] - top[:, 1],
+            "order": w_hat,
+        }[by]
+        now = sorted(open, key=lambda i: -score[i].item())[:per_step]
+        total += sum(log_mu[i, row[i]].item() for i in now)
+        z[0, now] = row[now]
+        taken.append(now)
+    return taken, total
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES)
+@torch.no_grad()
+def test_decoder_log_prob_is_a_walk_and_sums_to_one(kw, by):
+    model = make(**kw)
+    for per_step in (1, 2, 3):
+        got = model.decoder_log_prob(texts(4), by, per_step)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-10)
+        for n in range(per_step - 1, 81, 3):
+            want = walk(model, texts(4)[n], by, per_step)[1]
+            assert got[n].item() == pytest.approx(want, abs=1e-10)
+
+
+@pytest.mark.parametrize("kw", DECODERS, ids=["one block", "blocks", "arm"])
+@pytest.mark.parametrize("by", RULES[:4])
+@torch.no_grad()
+def test_samples_take_the_positions_of_their_rule(kw, by):
+    """In the order that the walk along the sampled text takes; and they are drawn from p of it."""
+    model, g = make(**kw), torch.Generator().manual_seed(0)
+    x, at = model.sample(torch.full((40_000, 4), V), by=by, generator=g)
+    for n in range(20):
+        taken = walk(model, x[n], by, 1)[0]
+        assert [at[n, now].item() for now in taken] == list(range(len(taken)))
+    p = model.decoder_log_prob(texts(4), by).exp()
+    assert chi_square((x * V ** torch.arange(3, -1, -1)).sum(1).bincount(minlength=V**4), p) < 4
+
+
+@torch.no_grad()
+def test_random_positions_of_a_learned_order():
+    """by="random" is the uniform order of an MDM, whatever w_hat says."""
+    at = make(learn_order=True).sample(torch.full((24_000, 4), V), by="random")[1]
+    orders = at @ 4 ** torch.arange(4)
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 24 and chi_square(counts, torch.full((24,), 1 / 24)) < 4
+
+
+def test_rules_differ():
+    """By hand: three positions, of which each rule takes another."""
+    p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
+    best = {by: lomdm.certainty(p.log()[None], by).argmax().item() for by in RULES[:4]}
+    assert best == {"left": 0, "confidence": 0, "entropy": 2, "margin": 1}
+
+
+def test_a_random_decoder_has_no_likelihood():
+    x = texts(4)[:1]
+    for model, by in ((make(learn_order=True), "random"), (make(), "order")):
+        with pytest.raises(ValueError, match="other steps each time; nelbo"):
+            model.decoder_log_prob(x, by)
+    assert torch.allclose(make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x))
 
 
 # 9 ---- no leak -----------------------------------------------------------------------------------
