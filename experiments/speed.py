@@ -65,7 +65,7 @@ def entropy(x, size):
     return -torch.xlogy(p, p).sum().item()
 
 
-def main(argv=None):
+def parse(argv):
     p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("out_dirs", nargs="+", help="of train_char.py")
     for name in ("judge", "samples", "windows", "device", "data_dir"):
@@ -76,11 +76,14 @@ def main(argv=None):
     for name in ("samples", "repeats"):
         cli.check_range(name, getattr(a, name), 1, 2**20)
     refuse(min(a.batches) < 1, "--batches must be at least 1")
+    return a
+
+
+def main(argv=None):
+    a = parse(argv)
     a.device = cli.pick_device(a.device)
-    runs, judge = (
-        [load(out_dir, a) for out_dir in a.out_dirs],
-        load(a.judge, a) if a.judge else None,
-    )
+    runs = [load(out_dir, a) for out_dir in a.out_dirs]
+    judge = load(a.judge, a) if a.judge else None
     refuse(judge and judge.ckpt["model_name"] != "arm", f"--judge {a.judge} holds no ARM")
     for run in runs if judge else ():
         other = judge.ckpt["tokenizer"] != run.ckpt["tokenizer"]

@@ -53,7 +53,9 @@ def deviation(x, p, numbers):
     if rare.any():
         counts, expected = (torch.cat((t[~rare], t[rare].sum()[None])) for t in (counts, expected))
     free = len(counts) - 1
-    return (((counts - expected) ** 2 / expected.clamp(min=1)).sum().item() - free) / math.sqrt(2 * free)
+    return (((counts - expected) ** 2 / expected.clamp(min=1)).sum().item() - free) / math.sqrt(
+        2 * free
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)

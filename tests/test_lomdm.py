@@ -904,7 +904,9 @@ def test_a_random_decoder_has_no_likelihood():
     for model, by in ((make(learn_order=True), "random"), (make(), "order")):
         with pytest.raises(ValueError, match="other steps each time; nelbo"):
             model.decoder_log_prob(x, by)
-    assert torch.allclose(make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x))
+    assert torch.allclose(
+        make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x)
+    )
 
 
 def test_top_p():
@@ -1001,7 +1003,9 @@ def test_a_random_decoder_has_no_likelihood():
     for model, by in ((make(learn_order=True), "random"), (make(), "order")):
         with pytest.raises(ValueError, match="other steps each time; nelbo"):
             model.decoder_log_prob(x, by)
-    assert torch.allclose(make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x))
+    assert torch.allclose(
+        make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x)
+    )
 
 
 def test_top_p():
@@ -1098,7 +1102,9 @@ def test_a_random_decoder_has_no_likelihood():
     for model, by in ((make(learn_order=True), "random"), (make(), "order")):
         with pytest.raises(ValueError, match="other steps each time; nelbo"):
             model.decoder_log_prob(x, by)
-    assert torch.allclose(make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x))
+    assert torch.allclose(
+        make(block_len=1).decoder_log_prob(x, "order"), -make(block_len=1).nelbo(x)
+    )
 
 
 # 9 ---- no leak -----------------------------------------------------------------------------------

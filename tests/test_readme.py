@@ -10,7 +10,7 @@ import pytest
 
 import sample
 import train_char
-from experiments import bench, evidence, harness
+from experiments import bench, evidence, harness, speed
 from plumbing import cli, data
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ PARSE = {  # as a command calls it: file, parser
     "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
     "experiments.evidence": ("experiments/evidence.py", evidence.parse),
     "experiments.harness": ("experiments/harness.py", harness.parse),
+    "experiments.speed": ("experiments/speed.py", speed.parse),
 }
 DOCSTRINGS = [
     (ROOT / path).read_text("utf-8").split('"""')[1]
