@@ -388,7 +388,8 @@ class A3(nn.Module):
         any number of tokens, the same call drafts for whatever will be accepted. Returns x and the
         number of calls, at most one a token."""
         self.check(x, groups)
-        (B, L), k, (rank, order) = x.shape, drafts, ranks(groups).sort(dim=1)
+        (B, L), k, V = x.shape, drafts, self.config.vocab_size
+        rank, order = ranks(groups).sort(dim=1)
         if k < 1 or (rank.diff(dim=1) == 0).any():
             raise ValueError("drafts must be at least 1, and every group one token")
         done = (groups < 0).sum(1, keepdim=True)  # (B, 1): how many tokens are settled
@@ -398,10 +399,7 @@ class A3(nn.Module):
         tokens, slots, rank = self.given(x, groups)
         place, order = order.argsort(dim=1), F.pad(order, (0, 2 * k), value=L)
         x = F.pad(x, (0, 1))  # (B, L + 1): rows that are done before others write behind the end
-        j, q = (
-            torch.arange(k, device=x.device),
-            self.wte.weight.new_zeros(B, k, self.config.vocab_size),
-        )
+        j, q = torch.arange(k, device=x.device), self.wte.weight.new_zeros(B, k, V)
         for call in range(1, L + 1):
             at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, F k); seen is (B, F)
             left = self.left_of(x[:, None, :L], place[:, None, :-1] < seen[..., None])  # (B, F, L)
@@ -416,7 +414,8 @@ class A3(nn.Module):
                 accepted = 1 + (u < ratio).long().cumprod(dim=1).sum(1)  # (B, 1): 1 .. k
                 cache["rank"][0][:, 0, -k:].masked_fill_(j >= accepted, L)
                 done = (done + accepted).clamp(max=L)
-            refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # or zeros
+            # the q of what was refused: 0 if nothing was, or at the first call
+            refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # (B, 1, V)
             which = (accepted - 1).clamp(min=0)[..., None, None]
             q = p.take_along_dim(which, dim=1)[:, 0]  # (B, k, V): all see what is done now
             new = (q[:, :1] - refused).clamp(min=0) + 1e-30 * q[:, :1]  # (B, 1, V), never all zero
