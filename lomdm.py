@@ -346,9 +346,10 @@ class LoMDM(nn.Module):
         it. Without one to come, the last block leaves out what is only there to be looked at.
         cache: of Block.forward(), which holds the first `begin` places; T counts those after."""
         tokens, pos, sees = self.stream(z, x)
-        if cache is not None:
-            b = pos // self.config.block_len
-            tokens, pos, sees = tokens[:, begin:], pos[begin:], {"attn_mask": b[begin:, None] >= b}
+        if cache is not None:  # a block alone sees all there is
+            b, alone = pos // self.config.block_len, z.shape[1] - begin <= self.config.block_len
+            sees = {} if alone else {"attn_mask": b[begin:, None] >= b}
+            tokens, pos = tokens[:, begin:], pos[begin:]
         rotary = rotary_tables(pos, self.config.n_embd // self.config.n_head)
         h = F.dropout(self.wte(tokens) + self.wpe(pos), self.config.dropout, self.training)
         for block in self.blocks[:-1]:
@@ -476,8 +477,7 @@ class LoMDM(nn.Module):
                 score = score.masked_fill(~masked, -torch.inf)
                 pick = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]  # (B, m)
                 logits = self.logits(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
-                drawn = masked.gather(1, pick)  # False where fewer than per_step were masked
-                pick = pick + end - K
+                drawn, pick = masked.gather(1, pick), pick + end - K  # False: fewer were masked
                 token = draw(logits, generator, **how) if truth is None else truth.gather(1, pick)
                 nll = F.cross_entropy(logits.mT, token, reduction="none")  # (B, m)
                 log_p = log_p - (nll * drawn).sum(1)
