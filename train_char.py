@@ -306,7 +306,9 @@ def pretrained(s):
     fields = dict(left_neighbour=s.left_neighbour, dropout=s.dropout)
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
-            s.tokenizer = s.tokenizer or s.init_from
+            other = s.tokenizer not in (None, s.init_from)
+            refuse(other, f"--tokenizer is that of {s.init_from}; leave it out")
+            s.tokenizer = s.init_from
             return llama.from_pretrained(folder, s.seq_len or SMALL["seq_len"], **fields), None
         ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
         refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")

@@ -129,7 +129,7 @@ class Scorer:
     def left_to_right(self, pairs):
         x, gaps = map(torch.stack, zip(*(self.place(*pair) for pair in pairs), strict=True))
         groups = a3.chunk_groups(*x.shape, device=self.device)
-        h, _ = self.model.features(x, *([groups] if self.is_a3 else []))
+        h = self.model.features(x, groups) if self.is_a3 else self.model.features(x)[0]
         found = []
         for h_row, x_row, gap in zip(h, x, gaps, strict=True):
             log_p, target = self.model.logits(h_row[gap]).log_softmax(-1), x_row[gap]  # (n, V)

@@ -314,7 +314,7 @@ def test_one_of_several_files_is_cut_off_or_missing(tmp_path, spoil, message):
 
 def test_fields_that_there_are_not(small):
     assert "'width'" in refusal(small[1], width=3)
-    assert "dropout must be" in refusal(small[1], dropout=2.0)
+    assert "dropout and random_share must be" in refusal(small[1], dropout=2.0)
 
 
 # ---- train_char.py and sample.py -----------------------------------------------------------------
@@ -431,6 +431,13 @@ def test_a_folder_that_does_not_fit_is_one_line(speaking, monkeypatch, tmp_path)
     with pytest.raises(UserError, match="SafetensorError") as e:
         train(f"--init_from {tmp_path / 'model'} --max_iters 1 --out_dir none")
     assert "\n" not in str(e.value)
+
+
+def test_another_tokenizer_is_refused(speaking, monkeypatch):
+    monkeypatch.chdir(speaking[1])
+    with pytest.raises(UserError, match="^--tokenizer is that of model; leave it out"):
+        train("--init_from model --tokenizer char --max_iters 1 --out_dir none")
+    assert not Path("none/ckpt.pt").exists()
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
