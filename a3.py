@@ -60,6 +60,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+RULES = "left", "order", "random", "confidence", "entropy", "margin"  # which tokens come next
+
 
 @dataclass
 class Config:
@@ -205,7 +207,7 @@ class A3(nn.Module):
         self.start_id = V if own else config.start_id
         self.mask_id = V  # sample() asks for tokens with it
         # Names and shapes are those of lomdm.py's ARM: the start token is in slot 0, token i in
-        # slot i + 1. An ARM never reads the last one, which shares the position of the one before.
+        # slot i + 1. The last, which an ARM never reads, shares its wpe with the slot before.
         self.wte = nn.Embedding(V + own, C)
         # Queries that see just the start token put weight 1 on it, whatever its distance: without
         # learned positions, or while those are zero, all but the first predict the same.
@@ -224,12 +226,14 @@ class A3(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
         self.order = Order(config) if config.learn_order else None
 
-    def check(self, x, groups):
+    def check(self, x, groups, by="left"):
         if x.ndim != 2 or groups.shape != x.shape or groups.dtype != torch.long or not x.numel():
             what = f"not {tuple(x.shape)}, {tuple(groups.shape)} {groups.dtype}"
             raise ValueError(f"x and groups must both be (B, L), and groups long, {what}")
         if x.shape[1] > self.config.seq_len:
             raise ValueError(f"{x.shape[1]} tokens do not fit into seq_len {self.config.seq_len}")
+        if by not in RULES or (by == "order" and not self.order):
+            raise ValueError(f"by must be one of {RULES}, 'order' only if learned, not {by!r}")
 
     def left_of(self, x, before):
         """The token on the left of each position (B, L), the start token for the first one, and -1
@@ -296,8 +300,8 @@ class A3(nn.Module):
         """Nats per predicted token, and a dict of detached metrics. No groups: see order_loss()."""
         if groups is None:
             return self.order_loss(x)
-        predicted = (groups >= 0).sum()
-        loss = -self.log_prob(x, groups, single).sum() / predicted.clamp(min=1)
+        n = (groups >= 0).sum().clamp(min=1)
+        loss = -self.log_prob(x, groups, single).sum() / n
         return loss, {"nelbo": loss.detach()}
 
     @torch.no_grad()
@@ -326,16 +330,14 @@ class A3(nn.Module):
     # ---- the cache -------------------------------------------------------------------------------
     def step(self, cache, tokens, slots, rank, positions, left, seen):
         """(4) One call of the cached network. Tokens (B, n) are committed in their slots (B, n), in
-        groups of these ranks (B, n). Then positions (B, m) are predicted from what was ever
-        committed in groups before seen (B, m); left (B, m): see left_of(). Returns logits
-        (B, m, V)."""
+        groups of these ranks (B, n). Then logits (B, m, V) for positions (B, m), by all that was
+        committed in groups before seen (B, m). left (B, m): see left_of()."""
         (keys,) = remember(cache, "rank", rank[:, None])  # (B, 1, S)
         sees = who_sees(keys[:, 0], rank, seen)
         return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
 
     def given(self, x, groups):
-        """The start token and what is given, in reading order: tokens, slots and ranks (B, 1 + n),
-        ranks of L where a row has less."""
+        """Start token and the given, as they are read: tokens, slots, ranks (B, 1 + n), or L."""
         n, L = int((groups < 0).sum(1).max()), x.shape[1]
         rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
         tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
@@ -349,9 +351,7 @@ class A3(nn.Module):
         of each the per_step positions at a time that `by` is surest of. Where there is a truth
         (B, L), tokens are not drawn, but copied from it. Returns x and the step that filled in each
         token, what it was in groups if given: these are the groups for log_prob(x, steps)."""
-        self.check(x, groups)
-        if per_step < 1:
-            raise ValueError(f"per_step must be at least 1, not {per_step}")
+        self.check(x, groups, by)
         x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
         rank = torch.where(groups < 0, groups, L)  # the step that committed a token; L: open
         cache, (tokens, slots, new) = {}, self.given(x, groups)  # what to commit next
@@ -388,25 +388,26 @@ class A3(nn.Module):
         any number of tokens, the same call drafts for whatever will be accepted. Returns x and the
         number of calls, at most one a token."""
         self.check(x, groups)
-        (B, L), k, V = x.shape, drafts, self.config.vocab_size
+        (B, L), k, V = x.shape, min(drafts, x.shape[1]), self.config.vocab_size
         rank, order = ranks(groups).sort(dim=1)
         if k < 1 or (rank.diff(dim=1) == 0).any():
             raise ValueError("drafts must be at least 1, and every group one token")
         done = (groups < 0).sum(1, keepdim=True)  # (B, 1): how many tokens are settled
         if done.min() == L:
-            return x, 0
+            return x.clone(), 0
         cache, seen, accepted = {}, done, torch.zeros_like(done)
         tokens, slots, rank = self.given(x, groups)
         place, order = order.argsort(dim=1), F.pad(order, (0, 2 * k), value=L)
         x = F.pad(x, (0, 1))  # (B, L + 1): rows that are done before others write behind the end
         j, q = torch.arange(k, device=x.device), self.wte.weight.new_zeros(B, k, V)
         for call in range(1, L + 1):
-            at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, F k); seen is (B, F)
-            left = self.left_of(x[:, None, :L], place[:, None, :-1] < seen[..., None])  # (B, F, L)
+            # seen (B, n): what may turn out to be settled: one number at first, then k of them
+            at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, n k)
+            left = self.left_of(x[:, None, :L], place[:, None, :-1] < seen[..., None])  # (B, n, L)
             left = left.gather(2, at.clamp(max=L - 1).view(B, -1, k)).flatten(1)
             before = seen.repeat_interleave(k, dim=1)
             logits = self.step(cache, tokens, slots, rank, at, left, before)
-            p = probabilities(logits, **how).unflatten(1, (-1, k))  # (B, F, k, V)
+            p = probabilities(logits, **how).unflatten(1, (-1, k))  # (B, n, k, V)
             if call > 1:
                 draft = tokens[:, 1:, None]  # (B, k - 1, 1)
                 ratio = p[:, :-1, 0].gather(2, draft) / q[:, 1:].gather(2, draft)
@@ -432,23 +433,23 @@ class A3(nn.Module):
         the model is surest of when it predicts all that is open, by "confidence" (largest top
         probability), "entropy" (smallest), "margin" (of the top two), or "random"; or by "order",
         the default if one was learned: in an order that q_hat of (7) draws as if nothing was given.
-        Given tokens are read first, in the same order. With one per_step and nothing given, x is
-        drawn from p(x). "left" and "order" may be drafted. how: top_p, generator. Returns x and
-        revealed_at (B, L), the number of the call, or of the token if drafted, -1 if given."""
-        masked, by, L = z == self.mask_id, by or ("order" if self.order else "left"), z.shape[1]
+        Given tokens are read first, in the same order. With nothing given and one per_step, x is
+        drawn from (1) by "left", from (7) by "order". Both may be drafted. how: top_p, generator.
+        Returns x and revealed_at (B, L), the call, the token's number if drafted, -1 if given."""
+        by = by or ("order" if self.order else "left")
+        self.check(z, z, by)
+        masked, L = z == self.mask_id, z.shape[1]
+        if min(drafts, per_step) < 1 or (drafts > 1 and (by not in RULES[:2] or per_step > 1)):
+            raise ValueError("drafts, per_step: at least 1, and one of them 1; no drafts by a rule")
         rank = chunk_groups(*z.shape, 1, z.device)
         if by == "order":
-            if not self.order:
-                raise ValueError("by 'order': this model has learned none")
             shares = self.order.shares().expand(len(z), 3)
             rank = self.order.draw(shares, L, how.get("generator")).argsort(dim=1)
         rank = torch.where(masked, rank + L, rank).argsort(dim=1).argsort(dim=1)  # given ones first
         place = rank - (~masked).sum(1, keepdim=True)
-        groups = torch.where(masked, place // max(1, per_step), rank - L)
+        groups = torch.where(masked, place // per_step, rank - L)
         how |= dict(temperature=temperature, top_k=top_k)
         if drafts > 1:
-            if by not in ("left", "order") or per_step > 1:
-                raise ValueError("drafts are for 'left' and 'order', and one token per_step")
             return self.generate_speculative(z, groups, drafts, **how)[0], groups.clamp(min=-1)
         if by not in ("left", "order"):  # there, a group is decoded at once: there is no choice
             return self.decode(z, masked.long() - 1, per_step, by, **how)
@@ -458,9 +459,12 @@ class A3(nn.Module):
     @torch.no_grad()
     def decoder_log_prob(self, x, by="left", per_step=1):
         """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: its steps on the way to
-        x (B, L), and (1) with these as groups. "order": the likeliest by q_hat."""
-        if by == "random" or (by == "order" and not self.order):
-            raise ValueError(f"by {by!r} takes other steps each time; nelbo() is their mean")
+        x (B, L), and (1) with these as groups. "order": not one drawn, but q_hat's likeliest."""
+        self.check(x, x, by)
+        if by == "random":
+            raise ValueError(
+                "by 'random' takes other steps each time; nelbo() bounds their mixture"
+            )
         groups = chunk_groups(*x.shape, per_step, x.device)
         if by == "order":
             s = self.order.log_weights(x.shape[1])[self.order.shares().argmax()]
@@ -493,7 +497,7 @@ class A3(nn.Module):
         term whose gradient counts, not its value. Returns the loss and a dict of detached metrics;
         report metrics["nelbo"]. Autograd cannot see how q changes which order is drawn: REINFORCE.
         A choice answers for all costs that come after it, less what the other texts pay from the
-        same step on. The first also is that of the reading."""
+        same step on. A text's first choice includes that of its reading."""
         nll, nll_hat, log_q = self.order_terms(x)
         cost = nll + nll_hat + log_q  # (B, L), of each step
         to_come = cost.detach().flip(1).cumsum(1).flip(1)
@@ -507,7 +511,7 @@ class A3(nn.Module):
     @torch.no_grad()
     def load_arm(self, state_dict):
         """(6) Become a trained ARM of lomdm.py, to rounding. New is only what a query begins as if
-        its left neighbour is hidden: the mean embedding. ValueError for other names or shapes."""
+        its left neighbour is hidden: the mean embedding."""
         new = {n: p for n, p in self.state_dict().items() if n == "query" or n.startswith("order.")}
         mine = {n: tuple(p.shape) for n, p in self.state_dict().items() if n not in new}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
@@ -527,8 +531,7 @@ def remember(cache, name, *new):
 
 
 def pack(mask):
-    """The places where a row of mask (B, T) is True, (B, m), and (B, m) bool, False where a row has
-    fewer than the most and is filled up with any places."""
+    """Where a row of mask (B, T) is True: (B, m), filled up with any places, and (B, m) bool."""
     real, places = mask.int().sort(dim=1, descending=True, stable=True)
     m = int(mask.sum(1).max())
     return places[:, :m], real[:, :m].bool()
@@ -541,8 +544,6 @@ def certainty(logits, by, generator=None):
         return torch.rand(p.shape[:-1], generator=generator, device=p.device)
     if by == "entropy":
         return torch.xlogy(p, p).sum(-1)  # minus the entropy
-    if by not in ("confidence", "margin"):
-        raise ValueError(f"by must be 'confidence', 'entropy', 'margin' or 'random', not {by!r}")
     top = p.topk(min(2, p.shape[-1])).values
     return top[..., 0] - top[..., -1] * (by == "margin")
 
@@ -587,8 +588,8 @@ class Order(nn.Module):
     Each is a race (LoMDM's Plackett-Luce) with log-weights
         s_j = - sum_{i <= j} speed steps_i         steps_i: by how much i comes after i - 1
     Which it is, is drawn: q and q_hat both favour left to right at first, 2 to 1, and for q each
-    kind of token in x has a vote. speed is there as an optimiser's steps are small. Let it all wait
-    for the network, as what is easy to learn first is not what is best, and move by evidence: Adam
+    kind of token in x has a vote. speed is there as an optimiser's steps are small. train_char.py
+    lets it wait, as what is easy to learn first is not what is best, and move by evidence: Adam
     blows up noise where there is none, unless it has an eps of about 0.3."""
 
     speed = 40.0
@@ -607,7 +608,7 @@ class Order(nn.Module):
 
     def shares(self, x=None):
         """log q(reading | x) (B, 3), or log q_hat(reading) (1, 3): what each favours and, for q, a
-        vote of each kind of token in x (B, L), however often it is there."""
+        vote of each kind of token in x (B, L), their sum over the root of their number."""
         logits, r = self.favour[1:], self.random_share
         if x is not None:
             kinds = 1 / (x[:, :, None] == x[:, None]).sum(2)  # (B, L), adds up to their number

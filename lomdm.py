@@ -86,8 +86,7 @@ class Config:
 
 
 # ---- the definition, (1) and (2) -----------------------------------------------------------------
-# The tests hold everything else to it. Training uses (4): a change of schedule() alone changes
-# no model.
+# The tests hold everything else to it; training uses (4).
 def schedule(tau, w=1.0, speed=1):
     """Equation (1) on a clock tau in [0, 1], which for one block is the time t itself:
         alpha^i = 1 - tau^{w_i},   A^i = speed w_i / tau,   speed = d tau / dt.
@@ -122,8 +121,7 @@ def nelbo_at(model, x, t, generator=None):
 
 
 # ---- the same bound without a clock, (3) and (4) -------------------------------------------------
-# A schedule that all positions share is w = 1, whatever its form; schedules per position of another
-# form than t^w need the definition above.
+# A schedule that all positions share is w = 1; per position, forms other than t^w need the above.
 def race(w, generator=None):
     """Draw a Plackett-Luce order (3): i arrives at the time Exponential(1) / w_i. w (..., K) >= 0.
     Returns the positions in order of arrival, (..., K), those of weight 0 last."""
@@ -309,6 +307,12 @@ class LoMDM(nn.Module):
                 std = 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
                 nn.init.normal_(p, std=0 if name.endswith("score.weight") else std)
 
+    def check(self, x):
+        L, K = x.shape[-1] if x.ndim else 0, self.config.block_len
+        if x.ndim != 2 or not x.numel() or L > self.config.seq_len or L % min(K, L):
+            limit = f"L <= seq_len = {self.config.seq_len} in whole blocks of {K}"
+            raise ValueError(f"texts must be (B, L), B >= 1, {limit}, not {tuple(x.shape)}")
+
     def stream(self, z, x=None):
         """What the network reads to predict the masked of z (B, L) when the blocks before theirs
         hold x, or z itself: tokens (B, T), their positions (T,), and who sees whom, the mask
@@ -324,11 +328,8 @@ class LoMDM(nn.Module):
                           x0           #            a clean block sees itself
                           x1           #  #         and the clean blocks before it
                           x2           #  #  #"""
-        L, K = z.shape[1], self.config.block_len
-        if z.ndim != 2 or not 0 < z.numel() or L > self.config.seq_len or L % min(K, L):
-            limit = f"L <= seq_len = {self.config.seq_len} in whole blocks of {K}"
-            raise ValueError(f"texts must be (B, L), B >= 1, {limit}, not {tuple(z.shape)}")
-        pos = torch.arange(L, device=z.device)
+        self.check(z)
+        L, K, pos = z.shape[1], self.config.block_len, torch.arange(z.shape[1], device=z.device)
         if K == 1:
             shifted = F.pad((z if x is None else x)[:, :-1], (1, 0), value=self.mask_id)
             return shifted, pos, {"is_causal": True}
@@ -370,6 +371,7 @@ class LoMDM(nn.Module):
 
     def order_weights(self, x):
         """w(x) (B, L), the noise's weights (3), which see the clean x up to their own block."""
+        self.check(x)
         if not self.config.learn_order:
             return self.wte.weight.new_ones(x.shape)  # without a pass
         with torch.no_grad():
@@ -382,8 +384,7 @@ class LoMDM(nn.Module):
         return self.g_hat(h, *attention, z.shape[1])
 
     def look(self, x, masked):
-        """One pass over x (B, L) of which masked (B, n, K) bool is hidden: -log mu^i(x_i), 0 where
-        visible, and w_hat, (B, n, K) each."""
+        """One pass, masked (B, n, K) of x (B, L) hidden: -log mu(x) there, and w_hat, (B, n, K)."""
         L, z = x.shape[1], x.masked_fill(masked.view_as(x), self.mask_id)
         h, attention = self.features(z, x)
         nll = self.nll(h[:, :L].flatten(0, 1), x.flatten()).view_as(masked) * masked
@@ -397,9 +398,9 @@ class LoMDM(nn.Module):
                 E[ grad (l_1 + l_2) / 2  +  (l_1 - l_2) grad (log q_1 - log q_2) / 2 ]
             log q being that of the revealed prefix, as l depends on no more of the order. Each
             block has an equation of its own."""
+        weights = self.order_weights(x)  # (B, L)
         (B, L), K = x.shape, min(x.shape[1], self.config.block_len)
         draws = 2 if self.config.learn_order else 1
-        weights = self.order_weights(x)  # (B, L)
         w = weights.view(B, -1, K).repeat(draws, 1, 1)  # (draws B, n, K)
         k = spread_counts(B, L // K, K, device=x.device).repeat(draws, 1)  # (draws B, n)
         ranking = race(w)
@@ -419,13 +420,12 @@ class LoMDM(nn.Module):
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, bound="jump", generator=None):
-        """Unbiased estimate (B,) of a bound on -log p(x), nats per sequence: the mean over n_draws
-        of an order and a count for each block. bound: "jump" (4), or "paper" (2), which is never
-        smaller. For an ARM both are -log p(x) itself, whatever is drawn."""
+        """Unbiased estimate (B,) of a bound on -log p(x), nats per sequence, the mean of n_draws.
+        bound: "jump" (4), or "paper" (2), never smaller. For an ARM both are -log p(x) itself."""
         if bound not in ("jump", "paper") or n_draws < 1:
             raise ValueError(f"bound {bound!r}: 'jump' or 'paper'; n_draws {n_draws}: at least 1")
-        (B, L), K = x.shape, min(x.shape[1], self.config.block_len)
-        w, total = self.order_weights(x).view(B, -1, K), 0  # (B, n, K)
+        w, (B, L), total = self.order_weights(x), x.shape, 0  # w (B, L)
+        w = w.view(B, -1, K := min(L, self.config.block_len))  # (B, n, K)
         for _ in range(n_draws):
             k = spread_counts(B, L // K, K, generator, x.device)  # (B, n)
             masked = race(w, generator).argsort(-1) >= k[..., None]
@@ -436,13 +436,13 @@ class LoMDM(nn.Module):
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="order", **how):
         """Fill the mask_id positions of z (B, L): all of it, what follows a prompt, gaps in a text.
-        A network call picks per_step positions among the masked ones of the first unfinished block,
-        and their tokens from mu, blind to each other: by the "order" of the race (3) with w_hat,
-        "left" to right, at "random", or by "confidence" (largest top probability), "entropy"
-        (smallest) or "margin" (of the top two). With "order", one per_step, and nothing given but
-        whole blocks in front, it draws from p exactly. Other given tokens start the process midway,
-        near p(rest | given) but not it, and blind to those in later blocks. how: top_p, generator,
-        cache. Returns x and revealed_at (B, L), the call that filled in a position, -1 if given."""
+        A call picks per_step masked positions of the first unfinished block, and their tokens from
+        mu, blind to each other: by the "order" of the race (3) with w_hat, "left" to right, at
+        "random", or by "confidence" (largest top probability), "entropy" (smallest) or "margin" (of
+        the top two). With "order", one per_step, and nothing given but whole blocks in front, it
+        draws from p exactly; otherwise it starts midway, near p(rest | given) but not it, and blind
+        to what is given in later blocks. how: top_p, generator, cache. Returns x and revealed_at
+        (B, L), the call that filled in a position, -1 if given."""
         return self.decode(z, per_step, by, temperature=temperature, top_k=top_k, **how)[:2]
 
     def decoder_log_prob(self, x, by="left", per_step=1):
@@ -456,11 +456,11 @@ class LoMDM(nn.Module):
     def decode(self, z, per_step, by, truth=None, generator=None, cache=True, **how):
         """What sample() does, and log mu of what it filled in, (B,) nats. Where there is a truth
         (B, L), tokens are not drawn but copied. cache: keep keys and values of finished blocks,
-        which never change, as they only see blocks before. In one block there is nothing to keep:
-        every new token is seen by all others."""
+        which see blocks before only. In one block there is nothing to keep: all see all."""
+        self.check(z)
         if per_step < 1:
             raise ValueError(f"per_step must be at least 1, not {per_step}")
-        x, revealed_at, log_p = z.clone(), torch.full_like(z, -1), 0
+        x, revealed_at, log_p = z.clone(), torch.full_like(z, -1), torch.zeros(len(z)).to(z.device)
         L, K = z.shape[1], min(z.shape[1], self.config.block_len)
         call, begin, held = 0, 0, {} if cache and K < L else None  # begin: how many places it holds
         for end in range(K, L + 1, K):  # block after block

@@ -34,7 +34,7 @@ class Settings:
     top_p: float | None = flag(None, "or the fewest of this probability", least=1e-9)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
     drafts: int = flag(
-        1, "a3, loa3: draft so many tokens a call; the same samples, faster", least=1
+        1, "a3, loa3: drafted a call, 2 to 8; what is drawn stays", least=1, below=65
     )
     by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
     show: str = flag("text", "or order", ("text", "order"))
@@ -85,6 +85,10 @@ def main(argv=None):
     s = Settings(**cli.parse(Settings, argv, __doc__))
     cli.check(s)
     refuse(s.prompt and s.infill, "--prompt or --infill: one of the two")
+    refuse(s.top_p and s.top_p > 1, "--top_p must be at most 1")
+    for what, path in (("html", s.html), ("svg", s.svg)):
+        taken = path and (Path(path).name in checkpoint.RUN_FILES or (s.html == s.svg))
+        refuse(taken, f"--{what} {path}: take another name, this one is a run's or there twice")
     device = cli.pick_device(s.device)
     ckpt, model = checkpoint.load(Path(s.out_dir) / "ckpt.pt", make_model, device)
     tokenizer, name, L = tokenizer_of(**ckpt["tokenizer"]), ckpt["model_name"], model.config.seq_len

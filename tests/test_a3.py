@@ -785,13 +785,14 @@ def test_bad_calls():
     done, at = model.sample(x)
     assert torch.equal(done, x) and (at == -1).all()
     z = torch.full((2, 5), V)
-    with pytest.raises(ValueError, match="^by must be 'confidence'.* not 'luck'"):
+    with pytest.raises(ValueError, match=r"^by must be one of \('left'.* not 'luck'"):
         model.sample(z, by="luck")
     for bad in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
         with pytest.raises(ValueError, match="^temperature must be >= 0, top_k >= 1"):
             model.sample(z, **bad)
-    with pytest.raises(ValueError, match="^per_step must be at least 1"):
-        model.sample(z, per_step=0)
+    for bad in (dict(per_step=0), dict(drafts=0)):
+        with pytest.raises(ValueError, match="^drafts, per_step: at least 1"):
+            model.sample(z, **bad)
     with pytest.raises(ValueError, match="^temperature must be >= 0"):
         model.generate(x, ar, temperature=-1.0)
 

@@ -388,7 +388,7 @@ def test_a_decoder_is_a_walk(by):
 
 
 def test_a_random_decoder_has_no_likelihood():
-    with pytest.raises(ValueError, match="nelbo"):
+    with pytest.raises(ValueError, match="nelbo.. bounds"):
         make().decoder_log_prob(torch.zeros(1, 4).long(), "random")
 
 
@@ -418,7 +418,7 @@ def test_shorter_texts_than_the_window():
 
 def test_errors():
     plain = A3(Config(3, 4, 1, 2, 8))
-    with pytest.raises(ValueError, match="has learned none"):
+    with pytest.raises(ValueError, match="'order' only if learned"):
         plain.sample(torch.full((1, 4), 3), by="order")
     with pytest.raises(ValueError, match="must both be"):
         make().order_log_probs(torch.zeros(2, 4).long(), torch.zeros(2, 3).long())

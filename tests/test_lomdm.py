@@ -793,6 +793,16 @@ def test_random_positions_of_a_learned_order():
     assert len(counts) == 24 and chi_square(counts, torch.full((24,), 1 / 24)) < 4
 
 
+def test_texts_that_are_no_whole_blocks_are_refused():
+    """By whatever is asked, and before anything is filled in."""
+    model = make(L=8, block_len=4)
+    asks = [model.loss, model.nelbo, model.sample, model.decoder_log_prob, model.log_probs]
+    for shape in ((1, 6), (1, 10), (1, 12), (8,), (1, 0), (0, 8)):
+        for ask in asks:
+            with pytest.raises(ValueError, match="^texts must be"):
+                ask(torch.full(shape, V if ask == model.sample else 0))
+
+
 def test_rules_differ():
     """By hand: three positions, of which each rule takes another."""
     p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
