@@ -39,6 +39,7 @@ prompt. Everything is in nats.
 
 (5) Decoding. The next group is fixed, or chosen by looking at the predictions for all that is open.
     What is chosen together becomes one group, as in training.                  -> A3.decode()
+    In a fixed order, a call may check some drafts and draw more.    -> A3.generate_speculative()
 
 (6) Progressive adaptation. Start from an ARM, ours or a LLaMA, whose weights fit both streams, and
     go from one token left to right, over growing chunks, to random partitions. -> curriculum()
@@ -226,7 +227,7 @@ class A3(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
         self.order = Order(config) if config.learn_order else None
 
-    def check(self, x, groups, by="left"):
+    def check(self, x, groups, by="left", per_step=1):
         if x.ndim != 2 or groups.shape != x.shape or groups.dtype != torch.long or not x.numel():
             what = f"not {tuple(x.shape)}, {tuple(groups.shape)} {groups.dtype}"
             raise ValueError(f"x and groups must both be (B, L), and groups long, {what}")
@@ -234,6 +235,8 @@ class A3(nn.Module):
             raise ValueError(f"{x.shape[1]} tokens do not fit into seq_len {self.config.seq_len}")
         if by not in RULES or (by == "order" and not self.order):
             raise ValueError(f"by must be one of {RULES}, 'order' only if learned, not {by!r}")
+        if per_step < 1:
+            raise ValueError(f"per_step must be at least 1, not {per_step}")
 
     def left_of(self, x, before):
         """The token on the left of each position (B, L), the start token for the first one, and -1
@@ -300,8 +303,7 @@ class A3(nn.Module):
         """Nats per predicted token, and a dict of detached metrics. No groups: see order_loss()."""
         if groups is None:
             return self.order_loss(x)
-        n = (groups >= 0).sum().clamp(min=1)
-        loss = -self.log_prob(x, groups, single).sum() / n
+        loss = -self.log_prob(x, groups, single).sum() / (groups >= 0).sum().clamp(min=1)
         return loss, {"nelbo": loss.detach()}
 
     @torch.no_grad()
@@ -337,7 +339,7 @@ class A3(nn.Module):
         return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
 
     def given(self, x, groups):
-        """Start token and the given, as they are read: tokens, slots, ranks (B, 1 + n), or L."""
+        """Start token and the given, as read: tokens, slots, ranks (B, 1 + n), L after a row's."""
         n, L = int((groups < 0).sum(1).max()), x.shape[1]
         rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
         tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
@@ -351,7 +353,7 @@ class A3(nn.Module):
         of each the per_step positions at a time that `by` is surest of. Where there is a truth
         (B, L), tokens are not drawn, but copied from it. Returns x and the step that filled in each
         token, what it was in groups if given: these are the groups for log_prob(x, steps)."""
-        self.check(x, groups, by)
+        self.check(x, groups, by, per_step)
         x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
         rank = torch.where(groups < 0, groups, L)  # the step that committed a token; L: open
         cache, (tokens, slots, new) = {}, self.given(x, groups)  # what to commit next
@@ -437,10 +439,10 @@ class A3(nn.Module):
         drawn from (1) by "left", from (7) by "order". Both may be drafted. how: top_p, generator.
         Returns x and revealed_at (B, L), the call, the token's number if drafted, -1 if given."""
         by = by or ("order" if self.order else "left")
-        self.check(z, z, by)
+        self.check(z, z, by, per_step)
         masked, L = z == self.mask_id, z.shape[1]
-        if min(drafts, per_step) < 1 or (drafts > 1 and (by not in RULES[:2] or per_step > 1)):
-            raise ValueError("drafts, per_step: at least 1, and one of them 1; no drafts by a rule")
+        if drafts != 1 and (drafts < 1 or by not in RULES[:2] or per_step > 1):
+            raise ValueError("drafts must be 1, or more by 'left' or 'order' with per_step 1")
         rank = chunk_groups(*z.shape, 1, z.device)
         if by == "order":
             shares = self.order.shares().expand(len(z), 3)
@@ -460,11 +462,9 @@ class A3(nn.Module):
     def decoder_log_prob(self, x, by="left", per_step=1):
         """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: its steps on the way to
         x (B, L), and (1) with these as groups. "order": not one drawn, but q_hat's likeliest."""
-        self.check(x, x, by)
+        self.check(x, x, by, per_step)
         if by == "random":
-            raise ValueError(
-                "by 'random' takes other steps each time; nelbo() bounds their mixture"
-            )
+            raise ValueError("by 'random' takes other steps each time; see nelbo(), their bound")
         groups = chunk_groups(*x.shape, per_step, x.device)
         if by == "order":
             s = self.order.log_weights(x.shape[1])[self.order.shares().argmax()]
@@ -531,7 +531,7 @@ def remember(cache, name, *new):
 
 
 def pack(mask):
-    """Where a row of mask (B, T) is True: (B, m), filled up with any places, and (B, m) bool."""
+    """Where a row of mask (B, T) is True: (B, m), and (B, m) bool, False where it is filled up."""
     real, places = mask.int().sort(dim=1, descending=True, stable=True)
     m = int(mask.sum(1).max())
     return places[:, :m], real[:, :m].bool()

@@ -440,29 +440,29 @@ class LoMDM(nn.Module):
         mu, blind to each other: by the "order" of the race (3) with w_hat, "left" to right, at
         "random", or by "confidence" (largest top probability), "entropy" (smallest) or "margin" (of
         the top two). With "order", one per_step, and nothing given but whole blocks in front, it
-        draws from p exactly; otherwise it starts midway, near p(rest | given) but not it, and blind
-        to what is given in later blocks. how: top_p, generator, cache. Returns x and revealed_at
-        (B, L), the call that filled in a position, -1 if given."""
+        draws from p exactly. Other given tokens let it start midway, near p(rest | given) but not
+        it, and blind to those in later blocks. how: top_p, generator, cache. Returns x and
+        revealed_at (B, L), the call that filled in a position, -1 if given."""
         return self.decode(z, per_step, by, temperature=temperature, top_k=top_k, **how)[:2]
 
     def decoder_log_prob(self, x, by="left", per_step=1):
         """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: the decoder is walked
         through x (B, L). "order" always takes the largest w_hat. L / per_step calls."""
-        if by == "random" or (by == "order" and self.config.block_len > 1 and self.g is uniform):
+        settled = self.config.learn_order or self.config.block_len == 1
+        if by == "random" or (by == "order" and not settled):
             raise ValueError(f"by {by!r} takes other steps each time; nelbo() bounds their mean")
         return self.decode(torch.full_like(x, self.mask_id), per_step, by, x)[2]
 
     @torch.no_grad()
     def decode(self, z, per_step, by, truth=None, generator=None, cache=True, **how):
-        """What sample() does, and log mu of what it filled in, (B,) nats. Where there is a truth
-        (B, L), tokens are not drawn but copied. cache: keep keys and values of finished blocks,
-        which see blocks before only. In one block there is nothing to keep: all see all."""
+        """What sample() does, and log mu of all it filled in, (B,) nats. truth (B, L): copied, not
+        drawn. cache: keep the keys and values of finished blocks. In one block, all see all."""
         self.check(z)
         if per_step < 1:
             raise ValueError(f"per_step must be at least 1, not {per_step}")
-        x, revealed_at, log_p = z.clone(), torch.full_like(z, -1), torch.zeros(len(z)).to(z.device)
+        x, revealed_at, call, begin = z.clone(), torch.full_like(z, -1), 0, 0
         L, K = z.shape[1], min(z.shape[1], self.config.block_len)
-        call, begin, held = 0, 0, {} if cache and K < L else None  # begin: how many places it holds
+        held, log_p = {} if cache and K < L else None, torch.zeros(len(z), device=z.device)
         for end in range(K, L + 1, K):  # block after block
             while (masked := x[:, end - K : end] == self.mask_id).any():  # (B, K)
                 h, attention = self.features(x[:, :end], cache=held, begin=begin)

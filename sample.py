@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 
-from a3 import A3
+from a3 import A3, RULES
 from plumbing import checkpoint, cli, pictures
 from plumbing.cli import flag, refuse
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
-
-RULES = ("left", "order", "random", "confidence", "entropy", "margin")
 
 
 @dataclass

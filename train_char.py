@@ -163,9 +163,7 @@ def settle(s, device, like=None):
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
     refuse(whole, f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm")
     refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
-    refuse(
-        s.seq_len % (s.text_len or 1), f"--seq_len must hold whole texts, of {s.text_len} tokens"
-    )
+    refuse(s.seq_len % (s.text_len or 1), f"--seq_len must hold whole texts, of {s.text_len}")
     refuse(s.model == "loa3" and s.batch_size < 2, "loa3 compares texts: --batch_size 2 at least")
     uneven = f"{s.gradient_accumulation_steps} must be divisible by the {WORLD} processes"
     refuse(s.gradient_accumulation_steps % WORLD, f"--gradient_accumulation_steps {uneven}")
@@ -224,7 +222,8 @@ def train(s, device, corpus, model, ckpt, about):
     weights = list(named.values())
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
     groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
-    groups.append(dict(params=choices, weight_decay=0.0, eps=0.3, begins=s.lr_decay_iters // 3))
+    if choices:
+        groups.append(dict(params=choices, weight_decay=0.0, eps=0.3, begins=s.lr_decay_iters // 3))
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample

@@ -159,7 +159,12 @@ def sampling(names, s):
     for m in (1, 2, 4, 8, 16):
         ways = {name: partial(model.sample, z, per_step=m) for name, model in models.items()}
         if m > 1:
-            del ways["arm"]  # it has no other order
+            ways.pop("arm", None)  # it has no other order
+        else:
+            for name in {"arm", "block 16"} & models.keys():
+                ways[f"{name} without cache"] = partial(models[name].sample, z, cache=False)
+            for k in (2, 4) if three else ():
+                ways[f"a3, {k} drafts"] = partial(three.sample, z, drafts=k)
         if three:
             groups = a3.random_groups(*z.shape, m, device=z.device)
             ways["a3 in groups, cached"] = partial(three.generate, blank, groups)

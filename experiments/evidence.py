@@ -337,21 +337,36 @@ def without_order(model):
     return blind.eval()
 
 
+def judge_of(a, runs):
+    """The run at --judge, an ARM that can read what these write; or None."""
+    if not a.judge:
+        return None
+    judge = load(a.judge, a)
+    no_arm = judge.ckpt["model_name"] != "arm"
+    refuse(no_arm, f"--judge {a.judge} holds no ARM, which alone knows an exact cost")
+    for run in runs:
+        other = judge.ckpt["tokenizer"] != run.ckpt["tokenizer"]
+        refuse(other, f"--judge {a.judge} has another vocabulary than {run.name}")
+        L = run.val.shape[1]
+        refuse(judge.val.shape[1] < L, f"--judge {a.judge} has a window of less than {L}")
+    return judge
+
+
+def entropy(x, size):
+    """Of single tokens, nats."""
+    p = x.flatten().bincount(minlength=size).double() / x.numel()
+    return -torch.xlogy(p, p).sum().item()
+
+
 def samples(a):
     """Texts drawn in the learned order and in a uniformly random one, by tokens a call: their cost
     under the model's own bound and under an ARM, and the entropy of their characters."""
-    judge = load(a.judge, a) if a.judge else None
-    no_arm = judge and judge.ckpt["model_name"] != "arm"
-    refuse(no_arm, f"--judge {a.judge} holds no ARM, which alone knows an exact cost")
+    runs = [load(out_dir, a) for out_dir in a.out_dirs]
+    judge = judge_of(a, runs)
     print("run              order    a call   own bound      judge by ARM   unigram entropy")
-    for out_dir in a.out_dirs:
-        run = load(out_dir, a)
+    for run in runs:
         require_lomdm(run)
         m, (N, L) = run.model, run.val.shape
-        if judge:
-            other = judge.ckpt["tokenizer"] != run.ckpt["tokenizer"]
-            refuse(other, f"--judge {a.judge} has another vocabulary than {run.name}")
-            refuse(judge.val.shape[1] < L, f"--judge {a.judge} has a window of less than {L}")
         orders = {"learned": m} if m.config.learn_order else {}
         orders["uniform"] = without_order(m)
         z = torch.full((a.samples, L), m.mask_id, device=a.device)
@@ -360,11 +375,10 @@ def samples(a):
             x = run.val[:: max(1, N // a.samples)][: a.samples]  # real text
             if n:
                 x, _ = orders[how].sample(z, per_step=n, generator=g)
-            p = x.flatten().bincount(minlength=run.tokenizer.size).double() / x.numel()
-            entropy = -torch.xlogy(p, p).sum().item()
             own = shown(m.nelbo(x, 4, generator=g) / L)
             cost = shown(judge.model.nelbo(x) / L) if judge else "-"
-            print(f"{run.name:16} {how:8} {n:6}   {own} {cost:15} {entropy:9.4f}")
+            variety = entropy(x, run.tokenizer.size)
+            print(f"{run.name:16} {how:8} {n:6}   {own} {cost:15} {variety:9.4f}")
 
 
 def decoders(a):
@@ -376,10 +390,9 @@ def decoders(a):
         bound = run.over_windows(lambda m, x, g: m.nelbo(x, 32, generator=g)) / L
         print(f"{run.name:20} bound       {shown(bound)}")
         for by in RULES:
-            try:
-                nats = run.over_windows(lambda m, x, _, by=by: -m.decoder_log_prob(x, by)) / L
-            except ValueError:  # takes other steps each time, or has learned no order
-                continue
+            if by == "random" or (by == "order" and not run.model.config.learn_order):
+                continue  # takes other steps each time
+            nats = run.over_windows(lambda m, x, _, by=by: -m.decoder_log_prob(x, by)) / L
             more, error = mean_error(nats - bound)
             print(f"{'':20} {by:11} {shown(nats)}, {more:+.4f} ± {error:.4f}", flush=True)
 

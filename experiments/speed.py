@@ -16,7 +16,7 @@ from argparse import RawDescriptionHelpFormatter
 
 import torch
 
-from experiments.evidence import FLAGS, load, shown
+from experiments.evidence import FLAGS, entropy, judge_of, load, shown
 from plumbing import cli
 from plumbing.cli import refuse
 
@@ -60,11 +60,6 @@ def calls(model, how):
     return len(seen) / (8 * z.shape[1])
 
 
-def entropy(x, size):
-    p = x.flatten().bincount(minlength=size).double() / x.numel()
-    return -torch.xlogy(p, p).sum().item()
-
-
 def parse(argv):
     p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("out_dirs", nargs="+", help="of train_char.py")
@@ -83,13 +78,7 @@ def main(argv=None):
     a = parse(argv)
     a.device = cli.pick_device(a.device)
     runs = [load(out_dir, a) for out_dir in a.out_dirs]
-    judge = load(a.judge, a) if a.judge else None
-    refuse(judge and judge.ckpt["model_name"] != "arm", f"--judge {a.judge} holds no ARM")
-    for run in runs if judge else ():
-        other = judge.ckpt["tokenizer"] != run.ckpt["tokenizer"]
-        refuse(other, f"--judge {a.judge} has another vocabulary than {run.name}")
-        short = judge.val.shape[1] < run.val.shape[1]
-        refuse(short, f"--judge {a.judge} has a shorter window than {run.name}")
+    judge = judge_of(a, runs)
     found = [(run, way, how) for run in runs for way, how in ways(run.ckpt["model_name"]).items()]
     speeds = []  # for each batch, that of each way
     with torch.no_grad():

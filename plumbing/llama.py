@@ -18,8 +18,6 @@ LLAMA_PARTS = {
     "q_norm": ["self_attn.q_norm"], "k_norm": ["self_attn.k_norm"], "proj": ["self_attn.o_proj"],
     "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
 }  # fmt: skip
-
-
 LLAMA_3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 
@@ -29,10 +27,8 @@ def llama_config(c, seq_len):
     rope = {"rope_theta": c.get("rope_theta", 1e4)} | (c.get("rope_scaling") or {})
     rope |= c.get("rope_parameters") or {}
     turn = rope.get("rope_type", rope.get("type", "default"))
-    partial, bos = (
-        rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)),
-        c.get("bos_token_id"),
-    )
+    partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))
+    bos = c.get("bos_token_id")
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     missing = {
         f"model_type {kind}": kind not in ("llama", "mistral", "qwen2", "qwen3"),

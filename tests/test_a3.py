@@ -790,9 +790,12 @@ def test_bad_calls():
     for bad in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
         with pytest.raises(ValueError, match="^temperature must be >= 0, top_k >= 1"):
             model.sample(z, **bad)
-    for bad in (dict(per_step=0), dict(drafts=0)):
-        with pytest.raises(ValueError, match="^drafts, per_step: at least 1"):
-            model.sample(z, **bad)
+    with pytest.raises(ValueError, match="^per_step must be at least 1"):
+        model.sample(z, per_step=0)
+    with pytest.raises(ValueError, match="^per_step must be at least 1"):
+        model.decode(z, ar, 0, "left")
+    with pytest.raises(ValueError, match="^drafts must be 1, or more by"):
+        model.sample(z, drafts=0)
     with pytest.raises(ValueError, match="^temperature must be >= 0"):
         model.generate(x, ar, temperature=-1.0)
 

@@ -28,7 +28,7 @@ def make(L=4, V=2, seed=0, n_layer=2, **kw):
     model = A3(Config(V, L, n_layer, n_head=2, n_embd=8, learn_order=True, **share))
     for name, p in model.named_parameters():
         order, mean = name.startswith("order."), float(p.ndim == 1)
-        torch.nn.init.normal_(p, 0.0 if order else mean, 2 / model.order.speed if order else 0.5)
+        torch.nn.init.normal_(p, 0.0 if order else mean, 4 / model.order.speed if order else 0.5)
     return model.eval()
 
 
@@ -65,11 +65,11 @@ def chi_square(counts, p):
 # ---- the model and its bound ---------------------------------------------------------------------
 @pytest.mark.parametrize("L, V, n_layer", [(4, 2, 2), (3, 3, 1), (4, 3, 3)])
 def test_probabilities_of_texts_and_orders_sum_to_one(L, V, n_layer):
-    log_p, log_q_hat, log_q = listed(make(L, V, n_layer=n_layer), texts(L, V))
+    log_p, log_q_hat, log_q = listed(make(L, V, seed=2, n_layer=n_layer), texts(L, V))
     assert (log_p + log_q_hat).exp().sum().item() == pytest.approx(1, abs=1e-10)
     assert torch.allclose(log_q.exp().sum(1), torch.ones(V**L), atol=1e-10)
-    assert log_q.exp().amax(1).mean() > 1.5 / math.factorial(L), "q is not far from uniform"
-    assert (log_q - log_q_hat).abs().max() > 0.1, "nor from q_hat"
+    assert log_q.exp().amax(1).mean() > 2 / math.factorial(L), "q is not far from uniform"
+    assert (log_q - log_q_hat).abs().max() > 0.5, "nor from q_hat"
 
 
 def naive_log_q(model, shares, order):
@@ -388,7 +388,7 @@ def test_a_decoder_is_a_walk(by):
 
 
 def test_a_random_decoder_has_no_likelihood():
-    with pytest.raises(ValueError, match="nelbo.. bounds"):
+    with pytest.raises(ValueError, match="see nelbo.., their bound"):
         make().decoder_log_prob(torch.zeros(1, 4).long(), "random")
 
 

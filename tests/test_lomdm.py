@@ -714,7 +714,7 @@ def test_top_p():
     logits, g = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(1, 20_000, 4), torch.Generator()
     for top_p, want in ((0.4, [0, 1, 0, 0]), (0.51, [0, 5, 0, 3]), (0.96, [15, 50, 5, 30])):
         got = lomdm.draw(logits, g.manual_seed(0), top_p=top_p)[0].bincount(minlength=4) / 20_000
-        assert torch.allclose(got, torch.tensor(want) / sum(want), atol=0.015)
+        assert torch.allclose(got, torch.tensor(want) / sum(want), atol=0.0142)  # 4 deviations
         assert ((got == 0) == (torch.tensor(want) == 0)).all()
     model, z = make(block_len=1), torch.full((300, 4), V)
     first = model.log_probs(z[:1])[0, 0].exp().sort(descending=True)

@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
         (["--prompt", "to be", "--length", "5"], "the prompt has 5 tokens already"),
         (["--infill", "to _e", "--length", "9"], "not for --infill"),
         (["--drafts", "2"], "--drafts is for a3 and loa3, not lomdm"),
-        (["--out_dir", "a3", "--drafts", "2", "--per_step", "2"], "no drafts by a rule"),
+        (["--out_dir", "a3", "--drafts", "2", "--per_step", "2"], "drafts must be 1, or more by"),
         (["--html", "x/ckpt.pt"], "take another name"),
         (["--html", "x", "--svg", "x"], "take another name"),
         (["--out_dir", "a3", "--by", "order"], "'order' only if learned"),

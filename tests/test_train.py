@@ -340,7 +340,7 @@ def test_what_is_no_list_of_texts(work, flags):
 
 
 def test_windows_hold_whole_texts(work):
-    with pytest.raises(UserError, match="--seq_len must hold whole texts, of 68 tokens"):
+    with pytest.raises(UserError, match="--seq_len must hold whole texts, of 68"):
         train("--data automaton --seq_len 70 --max_iters 1", base=TINY)
 
 
