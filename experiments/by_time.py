@@ -16,6 +16,18 @@ import lomdm
 Config = lomdm.Config  # train_char.py looks for it beside the class
 
 
+def nelbo_at(model, x, t, generator=None):
+    """(2) for texts x (B, L) at times t (B, 1), one z_t each: recon and order (B,), nats. The mean
+    over uniform t is the paper's bound."""
+    L, K = x.shape[1], min(x.shape[1], model.config.block_len)
+    tau = lomdm.block_clocks(t, L, K)  # (B, L); one block: t
+    alpha, velocity = lomdm.schedule(tau, model.order_weights(x), L // K)
+    masked = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
+    z = x.masked_fill(masked, model.mask_id)
+    _, velocity_hat = lomdm.schedule(tau, model.order_weights_hat(z), L // K)
+    return lomdm.nelbo_rate(model.log_probs(z), x, masked, velocity, velocity_hat)
+
+
 class ByTime(lomdm.LoMDM):
     """LoMDM in all but what training minimises. Its checkpoints fit LoMDM, and the other way."""
 

@@ -4,6 +4,7 @@ in a3.py, as there is nothing about A3 in it.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -18,7 +19,16 @@ LLAMA_PARTS = {
     "q_norm": ["self_attn.q_norm"], "k_norm": ["self_attn.k_norm"], "proj": ["self_attn.o_proj"],
     "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
 }  # fmt: skip
-LLAMA_3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+
+
+def llama_3_turns(head_dim, rope):
+    """Radians per position: slow turns get slower by the factor, fast ones stay as rope_theta has
+    them, and in between is a ramp."""
+    f = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+    turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)  # in the old context
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
+    return tuple((f * (ramp + (1 - ramp) / rope["factor"])).tolist())
 
 
 def llama_config(c, seq_len):
@@ -41,13 +51,14 @@ def llama_config(c, seq_len):
     }
     if any(missing.values()):
         raise ValueError(f"{next(what for what in missing if missing[what])} is not supported")
+    D = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     return dict(
         vocab_size=c["vocab_size"], seq_len=L, n_layer=c["num_hidden_layers"],
         n_head=c["num_attention_heads"], n_embd=c["hidden_size"], hidden=c["intermediate_size"],
-        n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim"),
+        n_kv_head=c.get("num_key_value_heads"), head_dim=D,
         norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
         start_id=bos, rope_base=rope["rope_theta"],
-        rope_scaling={name: rope[name] for name in LLAMA_3} if turn == "llama3" else None,
+        rope_turns=llama_3_turns(D, rope) if turn == "llama3" else None,
         qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
     )  # fmt: skip
 

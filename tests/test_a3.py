@@ -831,3 +831,17 @@ def test_loss_compiles_to_one_graph():
         for groups in (random_groups(8, 5, size), random_groups(8, 5, size)):
             want, _ = model.loss(x, groups)
             torch.testing.assert_close(compiled(x, groups, size == 1)[0], want)
+
+
+@pytest.mark.parametrize("n_in, n_out, bias", [(6, 8, False), (6, 8, True), (4, 7, False)])
+def test_few_rows_are_multiplied_like_many(n_in, n_out, bias):
+    """Up to 8 rows go another way, W h^T in two halves: same values, same gradients."""
+    W = a3.Linear(n_in, n_out, bias=bias)
+    for shape in ((1, 1), (1, 8), (4, 2), (3, 3), (0, 1)):
+        h = torch.randn(*shape, n_in, requires_grad=True)
+        want = h @ W.weight.T + (W.bias if bias else 0.0)
+        assert torch.allclose(W(h), want, atol=1e-12)
+        assert torch.allclose(W(h, slice(2, 6)), want[..., 2:6], atol=1e-12)
+        tensors = [h, *W.parameters()]
+        got, want = (torch.autograd.grad(t.square().sum(), tensors) for t in (W(h), want))
+        assert all(torch.allclose(g, w, atol=1e-12) for g, w in zip(got, want, strict=True))

@@ -255,7 +255,7 @@ MISTAKES = {
         lambda f: edit_config(
             f, rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)
         ),
-        "KeyError 'low_freq_factor'",
+        "KeyError 'original_max_position_embeddings'",
     ),
     "some channels turned": (
         lambda f: edit_config(f, partial_rotary_factor=0.5),
