@@ -147,7 +147,7 @@ def rotate(q, cos, sin):
 
 class Linear(nn.Linear):
     """The added code is so that up to 8 rows, as in sampling one text, take half as long on a CPU
-    core, a third on two: two halves of W times h^T, as libraries are slow at so short an h W^T."""
+    core, a third on two: libraries are slow at so short an h W^T, but not at halves of W h^T."""
 
     def forward(self, h, part=slice(None)):  # (.., in) -> (.., out), or a part of out
         W, bias = self.weight[part], None if self.bias is None else self.bias[part]

@@ -209,8 +209,8 @@ def rotate(q, cos, sin):
 
 
 class Linear(nn.Linear):
-    """The added code is so that up to 8 rows, as in sampling one text, take half as long on a CPU
-    core, a third on two: two halves of W times h^T, as libraries are slow at so short an h W^T."""
+    """Without bias. The added code is so that up to 8 rows, as in sampling one text, take half as
+    long on a CPU core, a third on two: libraries are slow at so short an h W^T, not at W h^T."""
 
     def forward(self, h):  # (..., in) -> (..., out)
         if h.device.type != "cpu" or h.numel() > 8 * self.in_features:
@@ -345,7 +345,7 @@ class LoMDM(nn.Module):
     def features(self, z, x=None, cache=None):
         """The backbone f on stream(z, x): h (B, T, n_embd), and how one more block would attend to
         it. Without one to come, the last block leaves out what is only there to be looked at.
-        cache: of Block.forward(); T counts what comes after what it holds."""
+        cache: of Block.forward(); T counts the places that come after its first `begin`."""
         tokens, pos, sees = self.stream(z, x)
         if cache is not None:  # a block alone sees all there is
             begin, b = cache[1], pos // self.config.block_len
@@ -468,10 +468,10 @@ class LoMDM(nn.Module):
             while (masked := x[:, end - K : end] == self.mask_id).any():  # (B, K)
                 kept = (held, begin) if cache and K < L else None
                 h, attention = self.features(x[:, :end], cache=kept)
-                w_hat = self.g_hat(h, *attention, h.shape[1], kept)[:, -K:]
+                w = self.g_hat(h, *attention, h.shape[1], kept)[:, -K:] if by == "order" else None
                 begin = end if K == 1 else end - K  # an ARM has read finished tokens only
                 h = h[:, -K:]
-                score = w_hat if by == "order" else certainty(self.logits(h), by, generator)
+                score = certainty(self.logits(h), by, generator) if w is None else w
                 if by == "order" and truth is None:  # race()
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~masked, -torch.inf)

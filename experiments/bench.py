@@ -60,6 +60,7 @@ class Settings:
     n_layer: int | None = flag(None, "otherwise the preset's", least=1, below=2**10)
     n_head: int | None = flag(None, "otherwise the preset's", least=1, below=2**10)
     n_embd: int | None = flag(None, "otherwise the preset's", least=1, below=2**16)
+    per_step: int | None = flag(None, "sampling: tokens a call, otherwise 1, 2, 4, 8, 16", least=1)
     vocab_size: int | None = flag(None, "65, and 50257 for gpt2", least=1, below=2**24)
     dtype: str | None = flag(None, "bfloat16 on CUDA", ("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the loss, to train")
@@ -139,15 +140,6 @@ def training(names, s):
         )
 
 
-def recompute(model, x, groups):
-    """A3.generate() without a cache: the whole forward pass again for every group."""
-    x = x.clone()
-    for group in range(int(groups.max()) + 1):
-        p = model(x, groups)[groups == group].softmax(-1)  # (group, V)
-        x[groups == group] = torch.multinomial(p, 1)[:, 0]
-    return x
-
-
 @torch.no_grad()
 def sampling(names, s):
     z = torch.full((s.batch_size, s.seq_len), s.vocab_size, device=s.device)  # all [MASK]
@@ -156,7 +148,7 @@ def sampling(names, s):
     models = {name: make(name, s)[0].eval() for name in used}
     three, arm = models.pop("a3 random order", None), None
     print("sampling, tok/s (min-max) and ratio to the arm's, by tokens a call")
-    for m in (1, 2, 4, 8, 16):
+    for m in (s.per_step,) if s.per_step else (1, 2, 4, 8, 16):
         ways = {name: partial(model.sample, z, per_step=m) for name, model in models.items()}
         if m > 1:
             ways.pop("arm", None)  # it has no other order
@@ -167,8 +159,7 @@ def sampling(names, s):
                 ways[f"a3, {k} drafts"] = partial(three.sample, z, drafts=k)
         if three:
             groups = a3.random_groups(*z.shape, m, device=z.device)
-            ways["a3 in groups, cached"] = partial(three.generate, blank, groups)
-            ways["a3 in groups, recomputed"] = partial(recompute, three, blank, groups)
+            ways["a3 in groups"] = partial(three.generate, blank, groups)
             ways["a3 by confidence"] = partial(three.sample, z, per_step=m, by="confidence")
         for name, t in timed(ways, s, warm_up=1).items():
             arm = arm or statistics.median(t)
@@ -253,7 +244,7 @@ def count(names, s):
         n, flop, intensity = operations(name, s)
         speed = SHARE * PEAK["H100"] / flop
         print(
-            f"{name:22}{n / 1e6:9.1f}M{flop / 1e6:13,.0f}{intensity:11.1f}   {speed:9,.0f} tok/s, "
+            f"{name:22}{n / 1e6:9.1f}M{flop / 1e6:13,.1f}{intensity:11.1f}   {speed:9,.0f} tok/s, "
             f"10B tokens {1e10 / speed / 3600:5.1f} h, 300B {3e11 / speed / 86400:5.1f} days"
         )
     print(f"The estimate is {SHARE:.0%} of {PEAK['H100'] / 1e12:.0f} TFLOP/s, nothing measured.")
@@ -268,7 +259,7 @@ def parse(argv):
     cuda, s.device = device.type == "cuda", str(device)
     s.preset = s.preset or ("base" if cuda else "small")
     known = dict(train_char.PRESETS[s.preset], dtype="bfloat16" if cuda else "float32")
-    known["vocab_size"] = 50257 if s.preset == "gpt2" else 65
+    known |= dict(vocab_size=50257 if s.preset == "gpt2" else 65, per_step=None)
     for name, value in vars(s).items():
         setattr(s, name, known[name] if value is None else value)
     names = s.models.split(",")

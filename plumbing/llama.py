@@ -65,9 +65,9 @@ def llama_config(c, seq_len):
 
 @torch.no_grad()
 def from_pretrained(folder, seq_len=None, **changes):
-    """(6) The same for a LLaMA or a relative, a folder in Hugging Face's format, in float32.
-    Learned positions begin as zeros. seq_len: None takes all its context; changes: fields of
-    Config. ValueError, one line, for what does not fit. Needs the package safetensors."""
+    """A LLaMA or a relative, a folder in Hugging Face's format, as an A3 in float32: as load_arm()
+    is for an ARM of ours. Learned positions begin as zeros. seq_len: None takes all its context;
+    changes: fields of Config. ValueError, one line, for what does not fit. Needs safetensors."""
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)

@@ -446,9 +446,12 @@ def test_bench_runs(capsys):
     """Each figure that was asked for, and the ARM's; parameters and operations as they are."""
     bench.main([*SMALL.split(), "--what", "sample", "--models", "mdm,a3 random order"])
     out = capsys.readouterr().out
-    for way in (" 1 arm", " 1 mdm", "16 mdm", "16 a3 in groups, cached", "16 a3 by confidence"):
+    for way in (" 1 arm", " 1 mdm", "16 mdm", "16 a3 in groups", "16 a3 by confidence"):
         assert f"\n{way} " in out
     assert "lomdm" not in out and "block" not in out and " 2 arm" not in out
+    bench.main([*SMALL.split(), "--what", "sample", "--models", "block 16", "--per_step", "2"])
+    out = capsys.readouterr().out
+    assert "\n 2 block 16" in out and "\n 1 " not in out and "\n 4 " not in out
     bench.main([*SMALL.split(), "--what", "count", "--n_embd", "512"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
     assert [row[:22].strip() for row in rows] == list(bench.MODELS)

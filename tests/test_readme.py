@@ -1,5 +1,6 @@
-"""What README.md, experiments/RESULTS.md and the docstrings of the scripts say can be run: the
-commands parse, files, tests and functions exist, and the code shown does what it says."""
+"""What README.md, experiments/RESULTS.md, experiments/EARLIER.md and the docstrings of the scripts
+say can be run: the commands parse, files, tests and functions exist, and the code shown does what
+it says."""
 
 import itertools
 import re
@@ -10,11 +11,12 @@ import pytest
 
 import sample
 import train_char
-from experiments import bench, evidence, harness, speed
+from experiments import bench, evidence, harness, report, run_all, speed
 from plumbing import cli, data
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path: (ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/RESULTS.md")}
+FILES = "README.md", "experiments/RESULTS.md", "experiments/EARLIER.md"
+PAGES = {path: (ROOT / path).read_text("utf-8") for path in FILES}
 PROSE = "\n".join(PAGES.values())
 
 
@@ -30,6 +32,8 @@ PARSE = {  # as a command calls it: file, parser
     "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
     "experiments.evidence": ("experiments/evidence.py", evidence.parse),
     "experiments.harness": ("experiments/harness.py", harness.parse),
+    "experiments.report": ("experiments/report.py", report.parse),
+    "experiments.run_all": ("experiments/run_all.py", run_all.parse),
     "experiments.speed": ("experiments/speed.py", speed.parse),
 }
 DOCSTRINGS = [
@@ -90,6 +94,7 @@ def test_flags_exist():
     settings = (train_char.Settings, sample.Settings, data.Flags, bench.Settings)
     known = {f"--{name}" for S in settings for name in S.__dataclass_fields__}
     known |= {f"--{name}" for name in (*evidence.FLAGS, *harness.FLAGS)}
+    known |= {"--only", "--minutes", "--list"}  # of run_all
     known |= {"--help", "--standalone", "--nproc_per_node"}  # torchrun's
     used = set(re.findall(r"(?<![\w-])--\w+", PROSE))
     assert used <= known, used - known

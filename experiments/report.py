@@ -1,0 +1,261 @@
+"""
+Writes RESULTS.md: page.md, in which what stands in {{double braces}} is replaced by what the
+logs say, and the pictures that are made of logs alone.
+
+    python -m experiments.report
+
+A run is named without its seed: a figure is a mean over the seeds that have been run, ± its
+standard error. Where none has, the page says so.
+"""
+
+import math
+import re
+import statistics
+from argparse import RawDescriptionHelpFormatter
+from collections import defaultdict
+from pathlib import Path
+
+from experiments import run_all
+from experiments.run_all import FIVE, SIZES
+from plumbing import checkpoint, cli, pictures
+from plumbing.cli import refuse
+
+HERE = Path("experiments")
+NOT_YET = "(not there yet)"
+LABELS = {
+    "arm": "ARM", "mdm": "MDM", "block4": "block diffusion, 4", "block16": "block diffusion, 16",
+    "block17": "block diffusion, 17: a line", "lomdm": "LoMDM", "lomdm_exp": "LoMDM, exp weights",
+    "lomdm_frozen": "LoMDM, order frozen", "a3": "A3", "loa3": "LoA3",
+    "share01": "LoA3, `--random_share 0.1`", "share03": "LoA3, `--random_share 0.3`",
+    "stages": "A3 from the ARM, three stages", "stage3": "A3 from the ARM, stage 3 only",
+    "vector": "A3, queries of one vector",
+    "vector_stage3": "A3 from the ARM, stage 3 only, queries of one vector",
+    "mdm_by_time": "MDM, random times", "lomdm_by_time": "LoMDM, random times",
+}  # fmt: skip
+
+
+def label(name):
+    """For a reader. Prefixes go, as each has a table of its own."""
+    name = re.sub("^(film|both|long|base|gpt2)_", "", name)
+    longer = name not in LABELS and name.endswith("_time")
+    base = name.removesuffix("_time") if longer else name
+    return LABELS.get(base, base) + (", equal time" if longer else "")
+
+
+# ---- what the logs say ---------------------------------------------------------------------------
+def seeds(name):
+    """The runs of this name, one for each seed."""
+    found = [
+        item
+        for item in (*run_all.items(cuda=False), *run_all.items(cuda=True))
+        if run_all.is_run(item) and item.name.rpartition("_s")[0] == name
+    ]
+    refuse(not found, f"page.md: run_all.py has no run of the name {name}")
+    return found
+
+
+def logs(name):
+    """[(header, validations)] of the seeds that have been run."""
+    done = [item for item in seeds(name) if run_all.state(item) == "done"]
+    found = [checkpoint.read_log(run_all.LOGS / item.name) for item in done]
+    return [(header, [row for row in rows if "val" in row]) for header, *rows in found]
+
+
+def best(name):
+    """{kind: {seed: (value, error over windows)}}, at the step where the first kind is lowest."""
+    found = defaultdict(dict)
+    for header, rows in logs(name):
+        judged = [row for row in rows if row["kind"] == rows[0]["kind"]]
+        step = min(judged, key=lambda row: row["val"])["step"]
+        for row in rows:
+            if row["step"] == step:
+                found[row["kind"]][header["settings"]["seed"]] = row["val"], row["val_error"]
+    return found
+
+
+def first(name):
+    """The first kind, and {seed: value} of it."""
+    kind, found = next(iter(best(name).items()), ("", {}))
+    return kind, {seed: value for seed, (value, _) in found.items()}
+
+
+def mean_error(values):
+    """The mean, and its standard error, 0 where one value does not tell."""
+    n = len(values)
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+
+
+def shown(values, sign=""):
+    mean, error = mean_error(values)
+    return f"{mean:{sign}.4f}" + (f" ± {error:.4f}" if len(values) > 1 else "")
+
+
+def row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+# ---- what stands in braces -----------------------------------------------------------------------
+def losses(*names):
+    """A table of validation figures. A word such as x68 multiplies them all: tokens a text."""
+    times = math.prod(int(word[1:]) for word in names if re.fullmatch(r"x\d+", word))
+    unit = "nats a text" if times > 1 else "nats per token"
+    out = [row("", "steps x batch", f"{unit} ± seeds", "seeds", "± windows", ""), "|---" * 6 + "|"]
+    for name in names:
+        if re.fullmatch(r"x\d+", name):
+            continue
+        for kind, found in best(name).items() or [(NOT_YET, {})]:
+            if not found:
+                out.append(row(label(name), "", "", 0, "", kind))
+                continue
+            s, values = logs(name)[0][0]["settings"], [times * value for value, _ in found.values()]
+            size = f"{s['max_iters']:,} x {s['batch_size']}"
+            size += ", twice" if s["model"].startswith("lomdm") else ""
+            windows = times * statistics.mean(error for _, error in found.values())
+            out.append(row(label(name), size, shown(values), len(values), f"{windows:.4f}", kind))
+    return "\n".join(out)
+
+
+def pairs(*names):
+    """A table of differences, seed by seed, both on the same windows: a-b is what a costs more."""
+    out = [row("", "nats per token ± seeds", "seeds", ""), "|---" * 4 + "|"]
+    for pair in names:
+        (one, a), (other, b) = (first(name) for name in pair.split("-"))
+        less = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        kind = f"{one} − {other}" if one != other else one
+        what = row(shown(less, "+") if less else "", len(less), kind if less else NOT_YET)
+        out.append(f"| {' − '.join(map(label, pair.split('-')))} {what}")
+    return "\n".join(out)
+
+
+def nats(name, kind="", times="1"):
+    """Inline: the figure whose kind has this word, the first one if none is given."""
+    found = best(name)
+    kinds = [k for k in found if kind.replace("_", " ") in k]
+    refuse(found and not kinds, f"page.md: {name} has no figure {kind}, but {', '.join(found)}")
+    return shown([int(times) * v for v, _ in found[kinds[0]].values()]) if found else NOT_YET
+
+
+def find(name, pattern):
+    """Inline: what the group in a pattern, in which \\s is a space, finds in a measurement."""
+    path = run_all.LOGS / f"{name}.txt"
+    if not path.is_file():
+        return NOT_YET
+    found = re.search(pattern, path.read_text("utf-8"), re.M)
+    refuse(not found, f"page.md: {path} has no {pattern}")
+    return found[1]
+
+
+def output(name):
+    """What a measurement has printed, with its command."""
+    path = run_all.LOGS / f"{name}.txt"
+    if not path.is_file():
+        return f"{NOT_YET}: {name}"
+    return f"```\n{path.read_text('utf-8').rstrip()}\n```"
+
+
+def made(name):
+    """Inline: where, how and at what size a run was made."""
+    if not logs(name):
+        return NOT_YET
+    header, s = logs(name)[0][0], logs(name)[0][0]["settings"]
+    how = f"{s['dtype']}, compiled" if s["compile"] else s["dtype"]
+    size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
+    return f"{size}; {header['hardware']}, {how}"
+
+
+def curves(picture, *names):
+    """A picture: validation at each step."""
+    series = {}
+    for name in names:
+        refuse(label(name) in series, f"page.md: two curves are {label(name)}")
+        at = defaultdict(list)
+        for _, rows in logs(name):
+            for line in rows:
+                if line["kind"] == rows[0]["kind"]:
+                    at[line["step"]].append(line["val"])
+        series[label(name)] = [(step, *mean_error(values)) for step, values in sorted(at.items())]
+    return draw(picture, series, "steps", "nats per token, validation")
+
+
+def draw(picture, series, xlabel, ylabel):
+    series = {name: points for name, points in series.items() if points}
+    if not series:
+        return NOT_YET
+    svg = pictures.chart(series, xlabel, ylabel)
+    checkpoint.write_file(HERE / "pictures" / picture, lambda path: path.write_text(svg, "utf-8"))
+    return f"![{ylabel}](pictures/{picture})"
+
+
+def power_law(points):
+    """The line through (x, y), least squares: slope, its standard error, and y at 0."""
+    n, (mx, my) = len(points), (statistics.mean(column) for column in zip(*points, strict=True))
+    sxx = sum((x - mx) ** 2 for x, _ in points)
+    slope = sum((x - mx) * (y - my) for x, y in points) / sxx
+    rest = sum((y - my - slope * (x - mx)) ** 2 for x, y in points)
+    return slope, math.sqrt(rest / (n - 2) / sxx), my - slope * mx
+
+
+def scaling(picture):
+    """Loss against compute: a table, the power law through each model's points, and a picture."""
+    points = defaultdict(list)  # of each model: logarithms of FLOP and nats
+    out = [row("nats per token at TFLOP", *map(label, FIVE)), "|---" * (1 + len(FIVE)) + "|"]
+    for size in (f"{n_layer}x{n_embd}" for n_layer, n_embd in SIZES):
+        cells = [size]
+        for name in FIVE:
+            counted = "loa3" if name == "a3" else name  # as many operations
+            mflop = find(f"count_{size}", rf"^{counted} +\S+M +([\d.,]+)")
+            value = first(f"{name}_{size}")[1].get(1)
+            if not value or mflop == NOT_YET:
+                cells.append(NOT_YET)
+                continue
+            s = logs(f"{name}_{size}")[0][0]["settings"]
+            tokens = s["max_iters"] * s["batch_size"] * s["seq_len"]
+            flop = 1e6 * float(mflop.replace(",", "")) * tokens
+            points[name].append((math.log10(flop), math.log10(value)))
+            cells.append(f"{value:.4f} at {flop / 1e12:,.1f}")
+        out.append(row(*cells))
+    laws = {name: power_law(found) for name, found in points.items() if len(found) == len(SIZES)}
+    if "arm" in laws:
+        out += ["", row("", "nats ~ FLOP to the power", "meets the ARM at"), "|---" * 3 + "|"]
+        for name, (slope, error, at_0) in laws.items():
+            steeper = laws["arm"][0] - slope
+            x = (at_0 - laws["arm"][2]) / steeper if steeper > 0 else math.inf
+            where = "" if name == "arm" else f"10^{x:.0f} FLOP" if x < 100 else "never"
+            out.append(row(label(name), f"{slope:+.4f} ± {error:.4f}", where))
+    series = {label(name): [(x, 10**y, 0.0) for x, y in found] for name, found in points.items()}
+    words = "compute, powers of ten of FLOP", "nats per token, validation"
+    return "\n".join([*out, "", draw(picture, series, *words)])
+
+
+# ---- the page ------------------------------------------------------------------------------------
+WORDS = (losses, pairs, nats, find, output, made, curves, scaling)
+
+
+def fill(match):
+    word, *more = match[1].split()
+    known = {f.__name__: f for f in WORDS}
+    refuse(word not in known, f"page.md: {word} is none of {', '.join(known)}")
+    return known[word](*more)
+
+
+def page():
+    """RESULTS.md, as it should be. Draws its pictures."""
+    return re.sub(r"\{\{(.+?)\}\}", fill, (HERE / "page.md").read_text("utf-8"))
+
+
+def parse(argv):
+    return cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(
+        argv
+    )
+
+
+def main(argv=None):
+    parse(argv)
+    refuse(not HERE.is_dir(), "start it where train_char.py is")
+    text = page()
+    checkpoint.write_file(HERE / "RESULTS.md", lambda path: path.write_text(text, "utf-8"))
+    print(f"wrote {HERE / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

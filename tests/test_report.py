@@ -1,0 +1,354 @@
+"""experiments/run_all.py and report.py: RESULTS.md is what the logs say, to the byte; README.md has
+no number that is not in it; figures by hand; and runs that are skipped, stopped, gone on with."""
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import train_char
+from experiments import bench, evidence, report, run_all, speed
+from plumbing import cli
+from plumbing.cli import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+# ---- what is committed ---------------------------------------------------------------------------
+def test_results_are_what_the_logs_say(tmp_path, monkeypatch):
+    """The page, and the pictures that are drawn from logs."""
+    pictures = ROOT / "experiments" / "pictures"
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "page.md").write_bytes((ROOT / "experiments/page.md").read_bytes())
+    assert report.page() == (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
+    drawn = sorted((tmp_path / "pictures").glob("*.svg"))
+    for picture in drawn:
+        assert picture.read_bytes() == (pictures / picture.name).read_bytes()
+    assert len(drawn) == len(re.findall(r"\w+\.svg", " ".join(drawings())))
+
+
+def drawings():
+    template = (ROOT / "experiments" / "page.md").read_text("utf-8")
+    return re.findall(r"\{\{((?:curves|scaling) .*?)\}\}", template)
+
+
+def test_results_say_nothing_is_missing():
+    text = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
+    assert report.NOT_YET not in text
+
+
+FIGURE = r"\d[\d,]*\.\d+(?: ± \d+\.\d+)?|\d{1,3},\d{3}"  # 1.8635 ± 0.0024, 1.8635 or 1,029
+
+
+def figures(text):
+    """Those of prose and tables, not of commands, code and links."""
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\[arXiv:[^\]]*\]", " ", text, flags=re.S)
+    return {figure.replace(",", "") for figure in re.findall(FIGURE, text)}
+
+
+def rounds_to(known, figure):
+    """1.8635 ± 0.0024 rounds to 1.864 ± 0.002 and, without what follows, to 1.86."""
+    known, figure = known.split(" ± "), figure.split(" ± ")
+    return len(known) >= len(figure) and all(  # .6: of a number that was rounded itself
+        abs(float(k) - float(f)) < 0.6 * 10.0 ** -len(f.partition(".")[2])
+        for k, f in zip(known, figure, strict=False)
+    )
+
+
+def test_readme_has_no_number_of_its_own():
+    """All are in RESULTS.md, or EARLIER.md as long as that is there, perhaps with more digits."""
+    pages = [path for path in (ROOT / "experiments").glob("*.md") if path.name != "page.md"]
+    known = {
+        figure.replace(",", "")
+        for path in pages
+        for figure in re.findall(FIGURE, path.read_text("utf-8"))
+    }
+    readme = (ROOT / "README.md").read_text("utf-8")
+    used = figures(readme[readme.index("## Results") : readme.index("## Text of your own")])
+    assert len(used) > 20
+    assert [figure for figure in used if not any(rounds_to(k, figure) for k in known)] == []
+    assert rounds_to("1.8635 ± 0.0024", "1.86") and rounds_to("1.8635 ± 0.0024", "1.864 ± 0.002")
+    assert not rounds_to("1.8635", "1.8635 ± 0.0024") and not rounds_to("1.8635", "1.865")
+
+
+# ---- figures, by hand ----------------------------------------------------------------------------
+RUNS = {"arm": ("--model arm", 1), "mdm": ("--model mdm", 1), "arm_time": ("--model arm", 1)}
+
+
+def write_log(name, values, seed=1, error=0.1, **settings):
+    """values: {kind: [validation at step 10, 20, ..]}."""
+    (item,) = (i for i in run_all.items(cuda=False) if i.name == f"{name}_s{seed}")
+    known = dict(model="arm", max_iters=20, batch_size=4, seed=seed, dtype="float32", compile=False,
+                 n_layer=1, n_embd=2, seq_len=3)  # fmt: skip
+    header = dict(settings=known | settings, hardware="a machine", command=run_all.shown(item.argv))
+    rows = [
+        dict(step=10 * (i + 1), val=value, val_error=error, kind=kind)
+        for kind, found in values.items()
+        for i, value in enumerate(found)
+    ]
+    out = run_all.LOGS / item.name
+    out.mkdir(parents=True)
+    (out / "log.jsonl").write_text("\n".join(json.dumps(row) for row in (header, *rows)) + "\n")
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """Three seeds of the ARM and of the MDM, one of three of a longer ARM."""
+    monkeypatch.setattr(run_all, "LOGS", tmp_path)
+    monkeypatch.setattr(run_all, "GROUPS", [("--max_iters 20", 3, RUNS)])
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    for seed, add in ((1, 0.0), (2, 0.3), (3, 0.6)):
+        write_log("arm", {"exact": [3 + add, 2 + add]}, seed)
+        other = {"bound": [2.5 - add, 4], "exact, left": [7, 1]}  # best at step 10
+        write_log("mdm", other, seed, model="lomdm")
+    write_log("arm_time", {"exact": [9]})
+    return tmp_path
+
+
+def test_figures(logs):
+    error = statistics.stdev([2, 2.3, 2.6]) / math.sqrt(3)
+    assert report.nats("arm") == f"2.3000 ± {error:.4f}" == "2.3000 ± 0.1732"
+    assert report.nats("arm", "exact", "10") == "23.0000 ± 1.7321"
+    assert report.nats("mdm") == "2.2000 ± 0.1732"
+    assert report.nats("mdm", "left") == "7.0000 ± 0.0000" and report.nats("arm_time") == "9.0000"
+    table = report.losses("arm", "mdm", "x2").splitlines()
+    assert table[2] == "| ARM | 20 x 4 | 4.6000 ± 0.3464 | 3 | 0.2000 | exact |"
+    assert table[3] == "| MDM | 20 x 4, twice | 4.4000 ± 0.3464 | 3 | 0.2000 | bound |"
+    assert table[4].endswith("| exact, left |") and len(table) == 5
+
+
+def test_differences_are_those_of_seeds(logs):
+    """2 - 2.5, 2.3 - 2.2 and 2.6 - 1.9."""
+    table = report.pairs("arm-mdm", "arm-arm_time").splitlines()
+    error = statistics.stdev([-0.5, 0.1, 0.7]) / math.sqrt(3)
+    assert table[2] == f"| ARM − MDM | +0.1000 ± {error:.4f} | 3 | exact − bound |"
+    assert table[3] == "| ARM − ARM, equal time | -7.0000 | 1 | exact |" and len(table) == 4
+
+
+def test_what_is_missing_or_made_otherwise_is_said(logs, monkeypatch):
+    for word, names in (
+        (report.losses, ["amr"]),
+        (report.pairs, ["arm-mmd"]),
+        (report.nats, ["x"]),
+    ):
+        with pytest.raises(UserError, match="has no run of the name"):
+            word(*names)
+    with pytest.raises(UserError, match="mdm has no figure right, but bound, exact, left"):
+        report.nats("mdm", "right")
+    with pytest.raises(UserError, match="two curves are ARM"):
+        report.curves("c.svg", "arm", "arm")
+    monkeypatch.setattr(run_all, "GROUPS", [("--max_iters 30", 3, RUNS)])  # all logs are old now
+    assert report.nats("arm") == report.made("arm") == report.NOT_YET
+    assert report.NOT_YET in report.losses("arm") and report.NOT_YET in report.pairs("arm-mdm")
+    assert report.curves("c.svg", "arm") == report.NOT_YET
+
+
+def test_a_power_law_is_found():
+    slope, error, at_0 = report.power_law([(x, 3 - 0.25 * x) for x in (1, 2, 4, 8)])
+    assert (slope, error, at_0) == pytest.approx((-0.25, 0, 3), abs=1e-12)
+    slope, error, at_0 = report.power_law([(0, 0), (1, 0), (2, 3)])  # by hand
+    assert (slope, error, at_0) == pytest.approx((1.5, math.sqrt(1.5 / 2), -0.5))
+
+
+def test_loss_against_compute(logs, monkeypatch):
+    """Models whose loss falls with the power -1/2 and -1/4 of 2 and 4 MFLOP a token and more."""
+    monkeypatch.setattr(report, "SIZES", [(1, 2), (1, 4), (1, 8)])
+    monkeypatch.setattr(report, "FIVE", {"arm": 0, "a3": 0})
+    names = [f"{name}_1x{width}" for name in ("arm", "a3") for width in (2, 4, 8)]
+    monkeypatch.setattr(run_all, "GROUPS", [("", 1, {name: ("--model arm", 1) for name in names})])
+    for width in (2, 4, 8):
+        (logs / f"count_1x{width}.txt").write_text(
+            f"$\narm       0.1M   {width}.0   1\nloa3     0.1M  {1000 * width:,}.0  1\n"
+        )
+        write_log(f"arm_1x{width}", {"exact": [10 * (width * 240) ** -0.5]})
+        write_log(f"a3_1x{width}", {"exact": [10 * (width * 240_000) ** -0.25]})
+    text = report.scaling("s.svg")
+    assert "| ARM | -0.5000 ± 0.0000 |  |" in text and "| A3 | -0.2500 ± 0.0000 | never |" in text
+    assert f"| 1x2 | {10 * 480**-0.5:.4f} at 0.0 |" in text  # 2 MFLOP, 20 x 4 x 3 tokens
+    assert f"{10 * 1_920_000**-0.25:.4f} at 1.9 |" in text
+
+
+def test_what_measurements_say(logs):
+    (logs / "speed.txt").write_text("$ python x\na machine\narm   3.5 (1.0)\n")
+    assert report.find("speed", r"^arm\s+([\d.]+)") == "3.5"
+    with pytest.raises(UserError, match="has no mdm"):
+        report.find("speed", "mdm (.)")
+    assert report.find("gone", "(.)") == report.NOT_YET and report.NOT_YET in report.output("gone")
+    assert report.output("speed") == "```\n$ python x\na machine\narm   3.5 (1.0)\n```"
+    assert report.made("arm") == "1 layers, 2 wide, 3 tokens of context; a machine, float32"
+
+
+def test_the_page_is_filled_in(logs):
+    (logs / "page.md").write_text("ARM {{nats arm}}.\n{{losses arm}}\n{{curves c.svg arm mdm}}\n")
+    report.main([])
+    text = (logs / "RESULTS.md").read_text("utf-8")
+    assert text.startswith("ARM 2.3000 ± 0.1732.\n|  |") and text.endswith("](pictures/c.svg)\n")
+    assert "MDM" in (logs / "pictures" / "c.svg").read_text()
+    (logs / "page.md").write_text("{{nets arm}}")
+    with pytest.raises(UserError, match="nets is none of losses, pairs"):
+        report.page()
+
+
+# ---- what is left to do --------------------------------------------------------------------------
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "runs").mkdir()
+    return tmp_path
+
+
+def measure(name, code, *more, seconds=1, alone=False):
+    return run_all.Item(name, ("-c", code, *more), seconds, alone)
+
+
+def do(*items, minutes=1.0, workers=2):
+    return run_all.do(list(items), workers, time.time() + 60 * minutes, cuda=False)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_every_command_parses_and_no_name_is_there_twice(cuda):
+    found = list(run_all.items(cuda))
+    names = [item.name for item in found]
+    assert len(set(names)) == len(names)
+    folders = {f"runs/{name}" for name in names}
+    for item in found:
+        assert {w for w in item.argv if w.startswith("runs/")} <= folders
+        if run_all.is_run(item):
+            cli.check(train_char.Settings(**cli.parse(train_char.Settings, item.argv[1:], "")))
+        elif item.argv[1] == "experiments.bench":
+            cli.check(bench.Settings(**cli.parse(bench.Settings, item.argv[2:], "")))
+        elif item.argv[1] != "pytest":
+            {"evidence": evidence, "speed": speed}[item.argv[1][12:]].parse(item.argv[2:])
+
+
+def test_a_measurement_is_made_once(work):
+    item = measure("one", "print(1); print(3)")
+    assert run_all.state(item) == "new" and do(item) == []
+    text = (work / "experiments/logs/one.txt").read_text().splitlines()
+    assert text[0] == "$ python -c 'print(1); print(3)'"
+    assert "CPU" in text[1] and text[2:] == ["1", "3"]
+    assert run_all.state(item) == "done"
+    assert run_all.state(measure("one", "print(4)")) == "new"  # another command
+
+
+def test_a_measurement_is_made_anew_after_its_runs(work):
+    item, log = measure("one", "print(1)", "runs/a"), work / "experiments/logs/a/log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("{}")
+    assert do(item) == [] and run_all.state(item) == "done"
+    log.write_text('{"step": 1}')
+    assert run_all.state(item) == "new"
+
+
+def test_what_fails_takes_along_what_needs_it(work, capsys):
+    bad = measure("bad", "import sys; print('so'); print('why', file=sys.stderr); exit(3)")
+    needs, too = measure("needs", "print(1)", "runs/bad"), measure("too", "print(1)", "runs/needs")
+    good = measure("good", "print(1)", alone=True)
+    assert do(bad, needs, too, good) == ["bad", "needs", "too"]
+    said = capsys.readouterr().out
+    assert "bad failed, see runs/bad.err" in said and "too is left out" in said
+    assert (work / "runs/bad.err").read_text() == "why\n"
+    assert [p.name for p in (work / "experiments/logs").iterdir()] == ["good.txt"]
+
+
+def test_alone_means_alone(work):
+    """Each writes when it began and ended. d and a are alone, though b is longer than c."""
+    code = "import time; print(time.time()); time.sleep({}); print(time.time())"
+    of = {name: code.format(seconds) for name, seconds in dict(a=0.2, b=0.8, c=0.2, d=0.2).items()}
+    alone = dict(a=True, b=False, c=False, d=True)
+    do(*(measure(name, of[name], alone=alone[name]) for name in "abcd"), workers=4)
+    spans = {
+        name: [float(t) for t in (work / f"experiments/logs/{name}.txt").read_text().split()[-2:]]
+        for name in "abcd"
+    }
+
+    def overlap(one, other):
+        return spans[one][0] < spans[other][1] and spans[other][0] < spans[one][1]
+
+    assert overlap("b", "c")
+    for name in "ad":
+        assert not any(overlap(name, other) for other in set("abcd") - {name})
+
+
+def test_it_stops_in_time(work):
+    began = time.time()
+    do(measure("slow", "import time; time.sleep(60)"), minutes=0.01)
+    assert time.time() - began < 10 and not (work / "experiments").exists()
+
+
+@pytest.fixture
+def run(work):
+    """A training run as an item."""
+    (work / "train_char.py").symlink_to(ROOT / "train_char.py")
+    (work / "text.txt").write_text("to be or not to be " * 60)
+    words = (
+        "train_char.py --model arm --device cpu --n_layer 1 --n_embd 8 --n_head 2 --seq_len 8 "
+        "--data text.txt --max_iters 2000 --eval_interval 1000 --num_samples 0 --seed 1 "
+        "--data_dir tokens --out_dir runs/r"
+    )
+    return run_all.Item("r", tuple(words.split()), 60, False)
+
+
+def test_a_run_is_stopped_gone_on_with_and_kept(run, work):
+    def stop():  # as soon as it is under way
+        while (
+            not (work / "runs/r/log.jsonl").is_file()
+            or '"step": 100,' not in (work / "runs/r/log.jsonl").read_text()
+        ):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    assert run_all.state(run) == "new" and do(run) == []
+    assert run_all.state(run) == "begun" and not (work / "experiments").exists()
+    assert do(run) == [] and run_all.state(run) == "done"
+    assert not (work / "runs/r.1").exists()  # the same run, not another one
+    log = (work / "experiments/logs/r/log.jsonl").read_text().splitlines()
+    header, *rows = (json.loads(line) for line in log)
+    assert "CPU" in header["hardware"] and rows[-1]["step"] == 2000
+    steps = [row["step"] for row in rows if "val" not in row]
+    assert len(steps) == len(set(steps)) >= 200  # none was made twice
+    other = run._replace(argv=(*run.argv, "--dropout", "0.1"))
+    assert run_all.state(other) == "new"
+    assert run_all.state(run._replace(argv=run.argv[:-2])) == "new"  # a flag less
+
+
+def test_runs_that_a_measurement_needs_are_made_again(run, work):
+    """In a fresh clone there are logs, but no checkpoints."""
+    log = work / "experiments/logs/r/log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text(json.dumps(dict(command=run_all.shown(run.argv))) + "\n")
+    item = measure("one", "print(1)", "runs/r")
+    assert run_all.to_do([run], [run, item]) == []
+    assert run_all.to_do([item], [run, item]) == [run, item]
+    (work / "runs/r").mkdir()
+    (work / "runs/r/ckpt.pt").touch()
+    assert run_all.to_do([item], [run, item]) == [item]
+
+
+def test_errors(work, monkeypatch, capsys):
+    with pytest.raises(UserError, match="start it where train_char.py is"):
+        run_all.main(["--list"])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="--only nothing: there is none of that name"):
+        run_all.main(["--only", "rows,nothing", "--list"])
+    for flag in ("--workers", "--minutes"):
+        with pytest.raises(UserError, match=f"{flag} must be at least"):
+            run_all.main([flag, "-1", "--list"])
+    with pytest.raises(UserError, match="--workers must be at least 1"):
+        run_all.main(["--workers", "0", "--list"])
+    run_all.main(["--list", "--only", "count*, rows"])
+    assert " left, about" in capsys.readouterr().out
