@@ -108,6 +108,8 @@ MEASURES = {  # name: (command, about how many seconds)
     "infill": (f"evidence infill {of('arm block16 mdm lomdm lomdm_exp loa3 share01 share03 a3')}",
                100),
     "decoders": (f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 300", 900),
+    "page": (f"sample.py --device cpu --out_dir {of('long_loa3')} --html {PICTURES}/sample.html",
+             30),
     "count": ("bench --device cpu --preset gpt2 --what count --dtype bfloat16", 60),
 } | {
     f"count_{n_layer}x{n_embd}": (
@@ -161,9 +163,10 @@ def items(cuda):
                 yield Item(name, (*words.split(), "--out_dir", f"runs/{name}"), seconds, False)
     some, alone = ({}, CUDA_ALONE) if cuda else (MEASURES, ALONE)
     for name, (command, seconds) in (some | alone).items():
-        words = shlex.split(command)
-        module = words[0] if words[0] == "pytest" else f"experiments.{words[0]}"
-        yield Item(name, ("-m", module, *words[1:]), seconds, name in alone)
+        first, *words = shlex.split(command)
+        module = ("-m", first if first == "pytest" else f"experiments.{first}")
+        script = (first,) if first.endswith(".py") else module
+        yield Item(name, (*script, *words), seconds, name in alone)
 
 
 def is_run(item):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 import train_char
 from experiments import bench, evidence, report, run_all, speed
 from plumbing import cli
@@ -228,6 +229,8 @@ def test_every_command_parses_and_no_name_is_there_twice(cuda):
         assert {w for w in item.argv if w.startswith("runs/")} <= folders
         if run_all.is_run(item):
             cli.check(train_char.Settings(**cli.parse(train_char.Settings, item.argv[1:], "")))
+        elif item.argv[0] == "sample.py":
+            cli.check(sample.Settings(**cli.parse(sample.Settings, item.argv[1:], "")))
         elif item.argv[1] == "experiments.bench":
             cli.check(bench.Settings(**cli.parse(bench.Settings, item.argv[2:], "")))
         elif item.argv[1] != "pytest":
