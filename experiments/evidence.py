@@ -8,6 +8,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence passage runs/lomdm --svg p.svg       a text coloured by weights
     python -m experiments.evidence position runs/loa3 --svg p.svg       weights by position
     python -m experiments.evidence rows runs/automaton                  films: is time found?
+    python -m experiments.evidence films runs/automaton                 are its films right?
     python -m experiments.evidence strips runs/mdm runs/lomdm           one text being written
     python -m experiments.evidence fraction runs/* --svg f.svg          cost by share revealed
     python -m experiments.evidence variance runs/lomdm                  orders against times
@@ -289,6 +290,38 @@ def rows(a):
             print(f"{run.name} {mark} tau {shown(tau)}; rows, first in time first: {means}")
 
 
+def right(film):
+    """Does this text of an automaton follow its rule, forwards, or in the direction of its mark?"""
+    rows = film.splitlines()[::-1]  # the last moment comes first
+    marks, steps = {row[0] for row in rows} & {"v", "^"}, 1
+    if marks:
+        rows, steps = [row[1:] for row in (rows if marks == {"^"} else rows[::-1])], 2
+    if len(marks) > 1 or len(rows) != 4 or any(len(row) != 16 for row in rows):
+        return False
+    rows = [[c == "#" for c in row] for row in rows]
+    for now, then in itertools.pairwise(rows):
+        for _ in range(steps):  # rule 30
+            now = [now[i - 1] ^ (now[i] | now[(i + 1) % 16]) for i in range(16)]
+        if now != then:
+            return False
+    return True
+
+
+def films(a):
+    """--data automaton and automaton-both: how many of the films that it draws follow the rule, and
+    the first ones, each cell's turn beside it, from 0 to 9."""
+    for out_dir in a.out_dirs:
+        run = load(out_dir, a)
+        source = run.ckpt["settings"]["data"]
+        refuse(source not in train_char.data.TEXT_LEN, f"{run.name}: not trained on an automaton")
+        z = torch.full((a.samples, run.val.shape[1]), run.model.mask_id, device=a.device)
+        x, at = run.model.sample(z, generator=torch.Generator(a.device).manual_seed(1))
+        drawn = pictures.pieces(run.tokenizer, x, at)
+        good = sum(right("".join(pieces)) for pieces, _ in drawn)
+        print(f"{run.name}: {good} of {a.samples} films are right; the first:")
+        pictures.show(drawn[:3], order=True)
+
+
 def passage(a):
     """A passage of the validation text, coloured by its order weights: in each block, or window,
     the largest weight first. Prints it with digits, 0 for the largest."""
@@ -454,6 +487,7 @@ COMMANDS = {  # what each takes besides out_dirs
     passage: ("svg", *OF_MODELS),
     position: ("svg", *OF_MODELS),
     rows: OF_MODELS,
+    films: ("samples", *OF_MODELS),
     strips: ("text", "seed", *OF_MODELS),
     fraction: ("svg", *OF_MODELS),
     variance: ("draws", *OF_MODELS),

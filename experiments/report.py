@@ -99,7 +99,8 @@ def losses(*names):
     """A table of validation figures. A word such as x68 multiplies them all: tokens a text."""
     times = math.prod(int(word[1:]) for word in names if re.fullmatch(r"x\d+", word))
     unit = "nats a text" if times > 1 else "nats per token"
-    out = [row("", "steps x batch", f"{unit} ± seeds", "seeds", "± windows", ""), "|---" * 6 + "|"]
+    head = "model", "steps x batch", f"{unit} ± seeds", "seeds", "± windows", "what it is"
+    out = [row(*head), "|---" * 6 + "|"]
     for name in names:
         if re.fullmatch(r"x\d+", name):
             continue
@@ -117,7 +118,7 @@ def losses(*names):
 
 def pairs(*names):
     """A table of differences, seed by seed, both on the same windows: a-b is what a costs more."""
-    out = [row("", "nats per token ± seeds", "seeds", ""), "|---" * 4 + "|"]
+    out = [row("", "nats per token ± seeds", "seeds", "what they are"), "|---" * 4 + "|"]
     for pair in names:
         (one, a), (other, b) = (first(name) for name in pair.split("-"))
         less = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]

@@ -95,6 +95,7 @@ def of(names, seeds=(1,)):
 
 MEASURES = {  # name: (command, about how many seconds)
     "rows": (f"evidence rows {of('film_loa3 both_loa3', (1, 2, 3))}", 60),
+    "films": (f"evidence films {of('film_loa3 both_loa3', (1, 2, 3))}", 60),
     "bounds": (f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}", 120),
     "order": (f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg", 60),
     "position": (f"evidence position {of('loa3')} --svg {PICTURES}/position.svg", 30),

@@ -18,7 +18,7 @@ import train_char
 from experiments import bench, evidence, speed
 from experiments.by_time import ByTime, Config
 from experiments.runs import Run
-from plumbing import checkpoint
+from plumbing import checkpoint, data
 from plumbing.cli import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -435,6 +435,22 @@ def test_a_flag_belongs_to_its_command(runs, capsys):
             evidence.main(argv.split())
         assert e.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_films_are_checked(both):
+    """What the data are is right; a wrong cell, mark or length is not."""
+    train, _ = data.automaton(None, both).parts()
+    for _, film in itertools.islice(train(), 20):
+        assert evidence.right(film) and not evidence.right(film[:-3])
+        rows = film.splitlines()
+        last = rows[-1] if film[0] == "v" else rows[0]  # in time
+        for i in range(16):
+            cell = ".#"[last[i + both] == "."]
+            wrong = last[: i + both] + cell + last[i + both + 1 :]
+            assert not evidence.right(film.replace(last, wrong))
+        if both:
+            assert not evidence.right("v^"[film[0] == "v"] + film[1:])
 
 
 # ---- bench ---------------------------------------------------------------------------------------

@@ -195,7 +195,9 @@ def test_the_page_is_filled_in(logs):
     (logs / "page.md").write_text("ARM {{nats arm}}.\n{{losses arm}}\n{{curves c.svg arm mdm}}\n")
     report.main([])
     text = (logs / "RESULTS.md").read_text("utf-8")
-    assert text.startswith("ARM 2.3000 ± 0.1732.\n|  |") and text.endswith("](pictures/c.svg)\n")
+    assert text.startswith("ARM 2.3000 ± 0.1732.\n| model |") and text.endswith(
+        "](pictures/c.svg)\n"
+    )
     assert "MDM" in (logs / "pictures" / "c.svg").read_text()
     (logs / "page.md").write_text("{{nets arm}}")
     with pytest.raises(UserError, match="nets is none of losses, pairs"):
