@@ -134,8 +134,8 @@ def who_sees(keys, content, queries):
 # ---- the network: LLaMA's blocks, read twice -----------------------------------------------------
 def rotary_tables(pos, config):
     """cos and sin (B, 1, T, head_dim) for rotate() at pos (B, T), sin with its sign."""
-    j = torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim
-    f = j.new_tensor(config.rope_turns) if config.rope_turns else config.rope_base**-j
+    j = torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim  # (head_dim / 2,)
+    f = j.new_tensor(config.rope_turns) if config.rope_turns else config.rope_base**-j  # radians
     angle = pos[:, None, :, None] * torch.cat((-f, f))  # (B, 1, T, head_dim)
     return angle.cos(), angle.sin()
 
@@ -513,7 +513,7 @@ class A3(nn.Module):
     @torch.no_grad()
     def load_arm(self, state_dict):
         """(6) Become a trained ARM of lomdm.py, to rounding. New is only what a query begins as if
-        its left neighbour is hidden: the mean embedding."""
+        its left neighbour is hidden: the mean embedding. ValueError for other names or shapes."""
         new = {n: p for n, p in self.state_dict().items() if n == "query" or n.startswith("order.")}
         mine = {n: tuple(p.shape) for n, p in self.state_dict().items() if n not in new}
         got = {n: tuple(p.shape) for n, p in state_dict.items()}
@@ -566,7 +566,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
-    """(6) Stage and size of the groups to train on at step 0, 1, .. shares: how long stages last.
+    """(6) Stage and size of groups at step 0, 1, .., after total_steps as before; shares: of stages
     stage 1  one token a group, left to right: the query stream learns what the content stream knows
     stage 2  chunks of 1, then 2, then 4, a third of the stage each: to predict several at a time
     stage 3  random partitions into groups of group_size: any order"""

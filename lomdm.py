@@ -102,7 +102,7 @@ def nelbo_rate(log_probs, x, masked, velocity, velocity_hat):
     """The integrand of the bound (2) for one z_t. log_probs (B, L, V) are log mu at z_t; all else
     is (B, L): the clean tokens x, where z_t hides them, the rates A of the noise and A_hat of the
     model. Returns recon and order (B,), nats per unit of time; order >= 0, and 0 if they agree.
-    At random times it is noisy, of second moment int w^2 t^{w-2} dt for a position. Hence (4)."""
+    At random times a weight has second moment int w^2 t^{w-2} dt, infinite if w <= 1: hence (4)."""
     nll = -log_probs.gather(-1, x[..., None]).squeeze(-1)  # (B, L)
     A, A_hat = velocity, velocity_hat
     order = torch.xlogy(A, A) - torch.xlogy(A, A_hat) - A + A_hat  # xlogy: 0 log 0 is 0
@@ -468,10 +468,10 @@ class LoMDM(nn.Module):
             while (masked := x[:, end - K : end] == self.mask_id).any():  # (B, K)
                 kept = (held, begin) if cache and K < L else None
                 h, attention = self.features(x[:, :end], cache=kept)
-                w = self.g_hat(h, *attention, h.shape[1], kept)[:, -K:] if by == "order" else None
                 begin = end if K == 1 else end - K  # an ARM has read finished tokens only
+                w_hat = self.g_hat(h, *attention, h.shape[1], kept) if by == "order" else None
                 h = h[:, -K:]
-                score = certainty(self.logits(h), by, generator) if w is None else w
+                score = certainty(self.logits(h), by, generator) if w_hat is None else w_hat[:, -K:]
                 if by == "order" and truth is None:  # race()
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~masked, -torch.inf)

@@ -32,7 +32,7 @@ class Settings:
     top_p: float | None = flag(None, "or the fewest of this probability", least=1e-9)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
     drafts: int = flag(
-        1, "a3, loa3: drafted a call, 2 to 8; what is drawn stays", least=1, below=65
+        1, "a3, loa3: tokens drafted a call, 2 to 8; not another distribution", least=1, below=65
     )
     by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
     show: str = flag("text", "or order", ("text", "order"))

@@ -245,9 +245,8 @@ def page():
 
 
 def parse(argv):
-    return cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(
-        argv
-    )
+    p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    return p.parse_args(argv)
 
 
 def main(argv=None):

@@ -196,8 +196,9 @@ def state(item):
         path = LOGS / f"{item.name}.txt"
         same = path.is_file() and path.read_text("utf-8").startswith(heading(item) + "\n")
         return "done" if same else "new"
-    log, begun = LOGS / item.name / "log.jsonl", RUNS / f"{item.name}.command"
-    if log.is_file() and checkpoint.rows_of(log.parent)[0].get("command") == shown(item.argv):
+    log, begun = LOGS / item.name, RUNS / f"{item.name}.command"
+    header, *_ = ((log / "log.jsonl").is_file() and checkpoint.rows_of(log)) or [{}]
+    if header.get("command") == shown(item.argv):
         return "done"
     same = begun.is_file() and begun.read_text("utf-8") == shown(item.argv)
     return "begun" if same and (RUNS / item.name / "last.pt").is_file() else "new"
@@ -231,7 +232,8 @@ def keep(item, machine):
     if is_run(item):
         header, *rows = checkpoint.rows_of(RUNS / item.name)
         other = header["settings"]["data"] == "python-docs"  # train_char.py falls back to it
-        refuse(other, f"{item.name} has read python-docs, as Shakespeare was not to be had")
+        what = "read Python's documentation, as Shakespeare was not to be had: with network, remove"
+        refuse(other, f"{item.name} has {what} {RUNS / item.name} and start again")
         header |= dict(hardware=machine, command=shown(item.argv))
         lines, path = [json.dumps(row) for row in (header, *rows)], LOGS / item.name / "log.jsonl"
     else:
@@ -245,8 +247,10 @@ def start(item, threads):
     """A process, which prints to runs/<name>.out and .err."""
     argv = item.argv
     if state(item) == "begun":
-        argv = ["train_char.py", "--resume", "--out_dir", f"runs/{item.name}"]
-    (RUNS / f"{item.name}.command").write_text(shown(item.argv), "utf-8")
+        argv = ("train_char.py", "--resume", "--out_dir", f"runs/{item.name}")
+    elif is_run(item):  # first aside: whatever stops this one, nobody goes on with another run
+        checkpoint.set_aside(RUNS / item.name)
+        (RUNS / f"{item.name}.command").write_text(shown(item.argv), "utf-8")
     env = {"PYTHONUTF8": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     out, err = (RUNS / f"{item.name}.{kind}" for kind in ("out", "err"))
     with open(out, "w") as out, open(err, "w") as err:  # a session: Ctrl-C comes from us alone

@@ -344,6 +344,21 @@ def test_runs_that_a_measurement_needs_are_made_again(run, work):
     assert run_all.to_do([item], [run, item]) == [item]
 
 
+def test_nobody_goes_on_with_another_run(run, work):
+    """A run with other flags that dies before it has moved the earlier one aside."""
+    (work / "runs/r").mkdir()
+    (work / "runs/r/last.pt").write_text("of the earlier run")
+    (work / "runs/r.command").write_text(run_all.shown(run.argv))
+    log = work / "experiments/logs/r/log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.touch()  # cut off at its very beginning
+    assert run_all.state(run) == "begun"
+    other = run._replace(argv=(*run.argv, "--beta1", "7"))
+    assert run_all.state(other) == "new" and do(other) == ["r"]
+    assert run_all.state(other) == run_all.state(run) == "new"
+    assert (work / "runs/r.1/last.pt").read_text() == "of the earlier run"
+
+
 def test_errors(work, monkeypatch, capsys):
     with pytest.raises(UserError, match="start it where train_char.py is"):
         run_all.main(["--list"])
