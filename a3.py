@@ -123,12 +123,11 @@ def ranks(groups):
     return torch.where(groups < 0, place - groups.shape[1], groups)
 
 
-def who_sees(keys, content, queries):
-    """Equation (2) for ranks of groups: keys (B, S), content (B, n), queries (B, m). Returns the
+def who_sees(keys, content, query):
+    """Equation (2) for ranks of groups: keys (B, S), content (B, n), query (B, m). Returns the
     mask argument of scaled_dot_product_attention for each stream."""
-    keys = keys[:, None, None, :]  # (B, 1, n or m, S): row sees column
-    masks = keys <= content[:, None, :, None], keys < queries[:, None, :, None]
-    return tuple({"attn_mask": mask} for mask in masks)
+    keys, content, query = keys[:, None, None], content[:, None, :, None], query[:, None, :, None]
+    return {"attn_mask": keys <= content}, {"attn_mask": keys < query}  # row sees column
 
 
 # ---- the network: LLaMA's blocks, read twice -----------------------------------------------------
@@ -188,8 +187,7 @@ class Block(nn.Module):
         """h and u = norm1(h) (B, T, C): streams of these sizes side by side, as they share all
         matrices. Each looks at k and v by a mask of its own, see who_sees(). Returns (B, T, C)."""
         drop = self.dropout if self.training else 0.0
-        q = self.heads(u, slice(0, self.proj.in_features))
-        q = rotate(self.q_norm(q), *rotary)  # (B, n_head, T, head_dim)
+        q = rotate(self.q_norm(self.heads(u, slice(self.proj.in_features))), *rotary)
         if self.n_kv_head < self.n_head:
             k, v = (t.repeat_interleave(self.n_head // t.shape[1], dim=1) for t in (k, v))
         y = [  # (B, n_head, n, head_dim) each
@@ -250,8 +248,8 @@ class A3(nn.Module):
 
     def streams(self, tokens, slots, left, positions, sees, cache=None):
         """Both streams through all layers: content of tokens (B, n) in their slots (B, n), queries
-        for positions (B, m) and what is left of them (B, m). sees: see who_sees(), for the keys of
-        these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
+        for positions (B, m), whose left neighbours are left (B, m). sees: see who_sees(), for the
+        keys of these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
         n, m = sizes = slots.shape[1], positions.shape[1]
         h = self.wte(torch.cat((tokens, left.clamp(min=0)), dim=1))  # (B, n + m, C)
         h = torch.where(F.pad(left < 0, (n, 0))[..., None], self.query, h)
@@ -303,9 +301,10 @@ class A3(nn.Module):
         return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
     def loss(self, x, groups=None, single=None):
-        """Nats per predicted token, and a dict of detached metrics. No groups: see order_loss()."""
-        if groups is None:
+        """Nats per predicted token, and a dict of detached metrics. No groups: those of nelbo()."""
+        if groups is None and self.order:
             return self.order_loss(x)
+        groups = random_groups(*x.shape, device=x.device) if groups is None else groups
         loss = -self.log_prob(x, groups, single).sum() / (groups >= 0).sum().clamp(min=1)
         return loss, {"nelbo": loss.detach()}
 
@@ -314,12 +313,13 @@ class A3(nn.Module):
         """-log p(x) (B,) in nats: the mean over n_draws random_groups() of this size; 0: left to
         right. None: of the order that was learned, the bound (7), or if there is none, size 1."""
         if size is None and self.order:
-            draws = [self.order_terms(x, generator) for _ in range(n_draws)]
-            return sum(sum(terms) for terms in draws).sum(1) / n_draws
-        size, how = 1 if size is None else size, dict(device=x.device)
-        draws = [random_groups(*x.shape, size or 1, generator, **how) for _ in range(n_draws)]
-        draws = draws if size else [chunk_groups(*x.shape, **how)]
-        return -sum(self.log_prob(x, groups).sum(1) for groups in draws) / len(draws)
+            draws = [sum(self.order_terms(x, generator)) for _ in range(n_draws)]
+        elif size == 0:
+            draws = [-self.log_prob(x, chunk_groups(*x.shape, device=x.device))]
+        else:
+            how = size or 1, generator, x.device
+            draws = [-self.log_prob(x, random_groups(*x.shape, *how)) for _ in range(n_draws)]
+        return torch.stack(draws).mean(0).sum(1)
 
     max_logits = 2**26  # 256 MiB
 
@@ -342,7 +342,7 @@ class A3(nn.Module):
         return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
 
     def given(self, x, groups):
-        """Start token and the given, as read: tokens, slots, ranks (B, 1 + n), L after a row's."""
+        """Start token and given tokens, as read: tokens, slots, ranks (B, 1 + n), L: not there."""
         n, L = int((groups < 0).sum(1).max()), x.shape[1]
         rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
         tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
@@ -353,9 +353,9 @@ class A3(nn.Module):
     @torch.no_grad()
     def decode(self, x, groups, per_step, by, truth=None, generator=None, **how):
         """(5) Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
-        of each the per_step positions at a time that `by` is surest of. Where there is a truth
-        (B, L), tokens are not drawn, but copied from it. Returns x and the step that filled in each
-        token, what it was in groups if given: these are the groups for log_prob(x, steps)."""
+        of each the per_step positions at a time that `by` is surest of, "left" and "order", which
+        are in the groups, by "confidence". Tokens are not drawn, but copied from a truth (B, L) if
+        there is one. Returns x and the step of each token, if given its group: for log_prob()."""
         self.check(x, groups, by, per_step)
         x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
         rank = torch.where(groups < 0, groups, L)  # the step that committed a token; L: open
@@ -438,8 +438,8 @@ class A3(nn.Module):
         "entropy" (smallest), "margin" (of the top two), or "random"; or by "order", the default if
         one was learned, which q_hat of (7) draws. Given tokens are read first, in the same order.
         With nothing given and one per_step, x is drawn from (1) by "left", from (7) by "order".
-        Both may be drafted. how: top_p, generator. Returns x and revealed_at (B, L), the call, the
-        token's number if drafted, -1 if given."""
+        Both may be drafted. how: top_p, generator. Returns x and revealed_at (B, L), the call, or
+        the token's number if drafted, -1 if given."""
         by = by or ("order" if self.order else "left")
         self.check(z, z, by, per_step)
         masked, L = z == self.mask_id, z.shape[1]
@@ -455,9 +455,8 @@ class A3(nn.Module):
         how |= dict(temperature=temperature, top_k=top_k)
         if drafts > 1:
             return self.generate_speculative(z, groups, drafts, **how)[0], groups.clamp(min=-1)
-        if by not in ("left", "order"):  # there, a group is decoded at once: there is no choice
-            return self.decode(z, masked.long() - 1, per_step, by, **how)
-        x, at = self.decode(z, groups, per_step, "confidence", **how)
+        groups = groups if by in ("left", "order") else masked.long() - 1  # one: decode() chooses
+        x, at = self.decode(z, groups, per_step, by, **how)
         return x, at.clamp(min=-1)
 
     @torch.no_grad()
@@ -476,7 +475,7 @@ class A3(nn.Module):
         return self.log_prob(x, groups).sum(1)
 
     # ---- the learned order -----------------------------------------------------------------------
-    def order_weights(self, x):
+    def order_log_weights(self, x):
         """(7) The log-weights s (B, L) of the reading that q finds likeliest for texts x (B, L)."""
         return self.order.log_weights(x.shape[1])[self.order.shares(x).argmax(dim=1)]
 
@@ -497,13 +496,13 @@ class A3(nn.Module):
     def order_loss(self, x):
         """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, plus a
         term whose gradient counts, not its value; and a dict of detached metrics, of which "nelbo"
-        is to report. Autograd cannot see how q changes which order is drawn: REINFORCE. A choice
-        (the first includes that of the reading) answers for all costs that come after it, less what
-        the other texts pay from the same step on."""
+        is to report. Autograd cannot see how q changes which order is drawn: REINFORCE. A choice,
+        which also tells what reading it is, answers for all costs from it on, less what the other
+        texts pay from the same step on."""
         nll, nll_hat, log_q = self.order_terms(x)
         cost = nll + nll_hat + log_q  # (B, L), of each step
         to_come = cost.detach().flip(1).cumsum(1).flip(1)
-        excess = (to_come - to_come.mean(0)) * len(x) / max(1, len(x) - 1)
+        excess = (to_come - to_come.mean(0)) * len(x) / (len(x) - 1)
         metrics = dict(nelbo=cost.mean(), recon=nll.mean(), order=(nll_hat + log_q).mean())
         metrics["left_share"] = self.order.shares(x)[:, 0].exp().mean()
         loss = cost.mean() + (excess * log_q).mean()
@@ -525,14 +524,14 @@ class A3(nn.Module):
 
 def remember(cache, name, *new):
     """(4) The cache is a dict of the keys and values (B, n_kv_head, S, head_dim) of each layer, and
-    the ranks (B, 1, S) of their groups. It only ever grows. Returns all under that name."""
+    the ranks (B, 1, S) of their groups. Adds new to what is under name; returns both together."""
     old = cache.get(name, [t[:, :, :0] for t in new])
     cache[name] = [torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)]
     return cache[name]
 
 
 def pack(mask):
-    """Where a row of mask (B, T) is True: (B, m), and (B, m) bool, False where it is filled up."""
+    """Places where mask (B, T) is True, (B, m), and which are real: short rows are padded."""
     real, places = mask.int().sort(dim=1, descending=True, stable=True)
     m = int(mask.sum(1).max())
     return places[:, :m], real[:, :m].bool()
@@ -540,9 +539,9 @@ def pack(mask):
 
 def certainty(logits, by, generator=None):
     """How sure a prediction is, logits (..., V) -> (...): the rule of dynamic decoding."""
-    p = F.softmax(logits, dim=-1)
     if by == "random":
-        return torch.rand(p.shape[:-1], generator=generator, device=p.device)
+        return torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
+    p = F.softmax(logits, dim=-1)
     if by == "entropy":
         return torch.xlogy(p, p).sum(-1)  # minus the entropy
     top = p.topk(min(2, p.shape[-1])).values
@@ -588,9 +587,9 @@ class Order(nn.Module):
     Each is a race (LoMDM's Plackett-Luce) with log-weights
         s_j = - sum_{i <= j} speed steps_i         steps_i: by how much i comes after i - 1
     Which it is, is drawn: q and q_hat both favour left to right at first, 2 to 1, and for q each
-    kind of token in x has a vote. speed is there as an optimiser's steps are small. train_char.py
-    lets it wait, as what is easy to learn first is not what is best, and move by evidence: Adam
-    blows up noise where there is none, unless it has an eps of about 0.3."""
+    kind of token in x has a vote. Parameters are stored divided by speed, as an optimiser's steps
+    are small. train_char.py trains them later than the rest, as what is easy first is not what is
+    best, and with an Adam eps of about 0.3, as a small one blows up noise."""
 
     speed = 40.0
 
@@ -603,8 +602,9 @@ class Order(nn.Module):
         self.favour = nn.Parameter(torch.stack((favour, favour)) / self.speed)  # of q, of q_hat
 
     def log_weights(self, L):
-        """s (3, L)."""
-        return F.pad(-(self.speed * self.steps[:, :L]).cumsum(1), (0, 0, 0, 1))
+        """s (3, L), float32 at least: bfloat16 cannot tell neighbours beyond a few dozen."""
+        steps = self.steps[:, :L].to(torch.promote_types(self.steps.dtype, torch.float32))
+        return F.pad(-(self.speed * steps).cumsum(1), (0, 0, 0, 1))
 
     def shares(self, x=None):
         """log q(reading | x) (B, 3), or log q_hat(reading) (1, 3): what each favours and, for q, a

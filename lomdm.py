@@ -122,14 +122,14 @@ def prefix_log_prob(w, order, k):
     w = w.gather(-1, order)
     remaining = w.flip(-1).cumsum(-1).flip(-1)
     prefix = torch.arange(w.shape[-1], device=w.device) < k[..., None]
-    return ((w / remaining).log() * prefix).sum(-1)
+    return torch.where(prefix, w / remaining, 1.0).log().sum(-1)
 
 
 def jump_terms(nll, w, w_hat, masked):
     """Equation (4) for one set S of masked positions. nll -log mu^i(x_i), weights w and w_hat,
     masked bool: (..., K) each. Returns (...,) each, in nats for all K steps of the order, of which
-    this is one: recon; order >= 0; and timing >= 0, which (2) has on top of (4). Jumps come at the
-    rate W / t, so its integral over time of g(S) / t is a sum over jumps of g(S) / W."""
+    this is one: recon; order >= 0; and timing >= 0, which (2) has on top of (4): jumps come at the
+    rate W / t, so an integral over time of g(S) / t is the mean of a sum over jumps of g(S) / W."""
     K, W, W_hat = w.shape[-1], (w * masked).sum(-1, True), (w_hat * masked).sum(-1, True)
     p = torch.where(masked, w / W, 1.0)  # who is next: 1 where visible, as log 1 = 0
     p_hat = torch.where(masked, w_hat / W_hat, 1.0)
@@ -148,8 +148,8 @@ def block_clocks(t, L, K):
 
 def spread_counts(B, n, K, generator=None, device=None):
     """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, but all
-    together spread evenly, as it is mere noise if a batch is all hard or all easy. Of N = B n
-    blocks, number j, far apart in rows and columns, reveals the share (j / N + turn) mod 1."""
+    together spread evenly, as it is mere noise if a batch is all hard or all easy. One random turn
+    for all of the N = B n blocks, which are numbered so that neighbours have distant numbers."""
     N = B * n
     row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
     number = (row + b * B // n) % B * n + b  # (B, n): 0 .. N - 1
@@ -166,7 +166,7 @@ class Order(nn.Module):
         exp      w_i = exp(u_i - mean_j u_j), u = 8 tanh(v / 8)
     The zero map at the start makes all w equal, which is exactly MDM: training leaves the uniform
     order only if that pays. The order reads the backbone's features but does not shape them, hence
-    stop-gradient. No dropout: w and w_hat are to match, and noise in them would be paid for."""
+    stop-gradient. No dropout but theirs: w and w_hat are to match, and their noise is paid for."""
 
     def __init__(self, config):
         super().__init__()
@@ -178,7 +178,7 @@ class Order(nn.Module):
     def forward(self, h, rotary, sees, L, cache=None):
         """h (B, T, n_embd), and how a block attends to it -> weights (B, L) of the first L."""
         v = self.score(self.norm(self.block(h.detach(), rotary, sees, L, cache)))  # (B, L, 1)
-        v = v.to(self.score.weight.dtype)  # autocast made it bfloat16
+        v = v.to(torch.promote_types(v.dtype, torch.float32))  # as logits()
         return self.squash(v.view(len(v), -1, min(L, self.config.block_len))).flatten(1)
 
     def squash(self, v):  # (B, n, K) -> (B, n, K)
@@ -190,7 +190,7 @@ class Order(nn.Module):
 
 def uniform(h, rotary, sees, L, cache=None):
     """What stands for an Order where none is learned: w = 1."""
-    return h.new_ones(len(h), L)
+    return h.new_ones(len(h), L, dtype=torch.promote_types(h.dtype, torch.float32))
 
 
 # ---- the network: LLaMA's blocks -----------------------------------------------------------------
@@ -236,30 +236,27 @@ class Block(nn.Module):
         self.down = Linear(hidden, C, bias=False)
 
     def forward(self, h, rotary, sees, rows=None, cache=None):
-        """h (B, T, C). sees: the mask argument of scaled_dot_product_attention, {} if all see all.
-        Returns the first `rows` places, (B, rows, C), all of them looking at all T and, before
-        those, at the first `begin` of a cache (keys and values, begin), where theirs follow."""
+        """h (B, T, C) -> its first `rows` places, (B, rows, C), None: all. sees: the mask argument
+        of scaled_dot_product_attention, {} if all see all. cache (keys and values of each block,
+        begin): these T places come after its first `begin`, see them too, and are added to it."""
         B, T, _ = h.shape
         drop = self.dropout if self.training else 0.0
         qkv = self.qkv(self.norm1(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         (q, k), v = rotate(qkv[:2], *rotary), qkv[2]  # (B, n_head, T, head_dim) each
         if cache is not None:
-            (held, begin), end = cache, cache[1] + T
-            held[self][0, :, :, begin:end], held[self][1, :, :, begin:end] = k, v
-            k, v = held[self][:, :, :, :end]  # (2, B, n_head, end, head_dim)
+            held, begin = cache
+            held[self][:, :, :, begin : begin + T] = torch.stack((k, v))
+            k, v = held[self][:, :, :, : begin + T]  # (B, n_head, begin + T, head_dim) each
         sees = {name: m if m is True else m[:rows] for name, m in sees.items()}  # a mask's rows
-        y = F.scaled_dot_product_attention(q[:, :, :rows], k, v, dropout_p=drop, **sees)  # as q
+        y = F.scaled_dot_product_attention(q[:, :, :rows], k, v, dropout_p=drop, **sees)
         h = h[:, :rows] + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), drop)
         gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, rows, hidden) each
         return h + F.dropout(self.down(F.silu(gate) * up), drop)
 
 
-def certainty(logits, by, generator=None):
+def certainty(logits, by):
     """Which positions come next, logits (B, K, V) -> (B, K): those with the largest of these."""
     p = F.softmax(logits, dim=-1)
-    if by in ("left", "random"):
-        u = torch.rand(p.shape[:2], generator=generator, device=p.device)
-        return u if by == "random" else -torch.ones_like(u).cumsum(1)
     if by == "entropy":
         return torch.xlogy(p, p).sum(-1)  # minus the entropy
     if by not in ("confidence", "margin"):
@@ -374,7 +371,7 @@ class LoMDM(nn.Module):
         """w(x) (B, L), the noise's weights (3), which see the clean x up to their own block."""
         self.check(x)
         if not self.config.learn_order:
-            return self.wte.weight.new_ones(x.shape)  # without a pass
+            return self.g(self.wte(x), None, None, x.shape[1])  # without a pass
         with torch.no_grad():
             h, attention = self.features(x)
         return self.g(h, *attention, x.shape[1])
@@ -469,18 +466,21 @@ class LoMDM(nn.Module):
                 kept = (held, begin) if cache and K < L else None
                 h, attention = self.features(x[:, :end], cache=kept)
                 begin = end if K == 1 else end - K  # an ARM has read finished tokens only
-                w_hat = self.g_hat(h, *attention, h.shape[1], kept) if by == "order" else None
+                if by in ("order", "random", "left"):
+                    weigh = self.g_hat if by == "order" else uniform  # all equal: left to right
+                    score = weigh(h, *attention, h.shape[1], kept)[:, -K:]
+                    if by != "left" and truth is None:  # race()
+                        score = score / torch.empty_like(score).exponential_(generator=generator)
+                else:
+                    score = certainty(self.logits(h[:, -K:]), by)
                 h = h[:, -K:]
-                score = certainty(self.logits(h), by, generator) if w_hat is None else w_hat[:, -K:]
-                if by == "order" and truth is None:  # race()
-                    score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~masked, -torch.inf)
                 pick = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]  # (B, m)
                 logits = self.logits(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
                 drawn, pick = masked.gather(1, pick), pick + end - K  # False: fewer were masked
                 token = draw(logits, generator, **how) if truth is None else truth.gather(1, pick)
-                nll = F.cross_entropy(logits.mT, token, reduction="none")  # (B, m)
-                log_p = log_p - (nll * drawn).sum(1)
+                log_mu = logits.log_softmax(-1).gather(2, token[..., None])[..., 0]  # (B, m)
+                log_p = log_p + (log_mu * drawn).sum(1)
                 for t, new in ((x, token), (revealed_at, call)):
                     t.scatter_(1, pick, torch.where(drawn, new, t.gather(1, pick)))
                 call += 1

@@ -227,7 +227,7 @@ def test_a_new_order_costs_nothing():
     assert torch.allclose(log_q, log_q_hat, rtol=0, atol=1e-6)
     shares = torch.tensor([2 / 3, 1 / 3, 0.0])
     assert torch.allclose(model.order.shares(x).exp(), shares.expand(7, 3))
-    assert torch.allclose(model.order_weights(x), -6 * torch.arange(1, 7.0).expand(7, 6))
+    assert torch.allclose(model.order_log_weights(x), -6 * torch.arange(1, 7.0).expand(7, 6))
     backwards = torch.arange(5, -1, -1).expand(7, 6)
     got = model.order_log_probs(x, backwards)[1].exp()
     assert torch.allclose(got[:, 0], torch.full((7,), 1 / 3), atol=0.002)
@@ -270,8 +270,8 @@ def test_steps_of_the_weights():
         model.order.votes[3, 1] = 1.0
     want = model.order.speed * torch.tensor([-9.0, -9.5, -9.25, -10.25])
     x = torch.tensor([[0, 1, 2, 4], [0, 1, 2, 3]])
-    assert torch.allclose(model.order_weights(x)[1], want)
-    assert torch.allclose(model.order_weights(x)[0], -6 * torch.arange(1.0, 5.0))
+    assert torch.allclose(model.order_log_weights(x)[1], want)
+    assert torch.allclose(model.order_log_weights(x)[0], -6 * torch.arange(1.0, 5.0))
     assert (model.order.log_weights(4)[2] == 0).all()
 
 
@@ -436,8 +436,25 @@ def test_bfloat16_is_close_to_float32():
     want = model.order_log_probs(x, order)
     with torch.autocast("cpu", torch.bfloat16):
         got = model.order_log_probs(x, order)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02)
+    also = model.bfloat16().order_log_probs(x, order)  # its weights are rounded themselves
+    for a, b, c in zip(got, want, also, strict=True):
+        assert a.dtype == c.dtype == torch.float32
+        assert torch.allclose(a, b, atol=0.02) and torch.allclose(a, c, atol=0.1)
+
+
+def test_a_batch_of_one_has_no_baseline():
+    """The order would stay as it is, without a word."""
+    loss, metrics = make(4, 3).loss(torch.randint(3, (1, 4)))
+    assert loss.isnan() and metrics["nelbo"].isfinite()
+
+
+def test_without_an_order_the_loss_is_that_of_random_ones():
+    model, x = A3(Config(5, 6, 1, 2, 16)), torch.randint(5, (4, 6))
+    torch.manual_seed(3)
+    loss, metrics = model.loss(x)
+    torch.manual_seed(3)
+    want = -model.log_prob(x, random_groups(4, 6)).mean()
+    assert torch.equal(loss, want) and torch.equal(metrics["nelbo"], want)
 
 
 def test_loss_compiles_to_one_graph():

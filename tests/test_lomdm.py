@@ -450,6 +450,9 @@ def test_race_is_plackett_luce():
     torch.testing.assert_close(log_q.exp(), torch.tensor(probs))
     zero = race(torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(1000, 4))
     assert set(zero[:, :2].flatten().tolist()) == {1, 3}  # weight 0 never wins
+    w, order = torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([1, 0, 2, 3])
+    log_q = [lomdm.prefix_log_prob(w, order, torch.tensor(k)).item() for k in (0, 1, 2)]
+    assert log_q == pytest.approx([0, math.log(2 / 3), math.log(2 / 3)])
 
 
 # 7 ---- the gradient ------------------------------------------------------------------------------
@@ -807,8 +810,8 @@ def test_texts_that_are_no_whole_blocks_are_refused():
 def test_rules_differ():
     """By hand: three positions, of which each rule takes another."""
     p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
-    best = {by: lomdm.certainty(p.log()[None], by).argmax().item() for by in RULES[:4]}
-    assert best == {"left": 0, "confidence": 0, "entropy": 2, "margin": 1}
+    best = {by: lomdm.certainty(p.log()[None], by).argmax().item() for by in RULES[1:4]}
+    assert best == {"confidence": 0, "entropy": 2, "margin": 1}
 
 
 def test_a_random_decoder_has_no_likelihood():
@@ -1035,6 +1038,9 @@ def test_tokens_out_of_range_are_refused(token):
     for kw in MODELS.values():
         with pytest.raises((IndexError, RuntimeError)):
             make(**kw).nelbo(x)
+        x[:, :-1] = 0  # the last one is not read, only predicted
+        with pytest.raises((IndexError, RuntimeError)):
+            make(**kw).decoder_log_prob(x, "left")
 
 
 def test_bfloat16_weights_give_float32_likelihoods():
@@ -1042,6 +1048,8 @@ def test_bfloat16_weights_give_float32_likelihoods():
     model = make(learn_order=True)
     want = model.log_probs(texts(4))
     got = model.bfloat16().log_probs(texts(4))
+    assert model.order_weights(texts(4)).dtype == torch.float32
+    assert make().bfloat16().order_weights(texts(4)).dtype == torch.float32
     assert got.dtype == torch.float32 and model.nelbo(texts(4)).dtype == torch.float32
     assert (got.exp().sum(-1) - 1).abs().max() < 1e-5 < (got - want).abs().max() < 0.5
 
