@@ -35,7 +35,7 @@ class Settings:
         1, "a3, loa3: tokens drafted a call, 2 to 8; not another distribution", least=1, below=65
     )
     by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
-    show: str = flag("text", "or order", ("text", "order"))
+    show: str = flag("text", "or its order", ("text", "order"))
     html: str | None = flag(None, "write a page that plays how the samples came about")
     svg: str | None = flag(None, "write a picture of the samples")
     seed: int = flag(1337, "of the draws", least=0, below=2**63)

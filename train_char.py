@@ -111,7 +111,7 @@ class Settings:
     n_embd: int | None = flag(None, "width")
     dropout: float | None = flag(None, "0 on CPU, 0.2 on CUDA")
     block_len: int | None = flag(None, "of a block [block: 16]", least=1, only="block " + ORDERED)
-    weights: str = flag("normsig", "or exp", ("normsig", "exp"), only=ORDERED)
+    weights: str = flag("normsig", "or exp, unbounded", ("normsig", "exp"), only=ORDERED)
     c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only=ORDERED)
     c2: float = flag(0.65, "0 keeps the order uniform", only=ORDERED)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
@@ -309,6 +309,7 @@ def pretrained(s):
             refuse(other, f"--tokenizer is that of {s.init_from}; leave it out")
             s.tokenizer = s.init_from
             return llama.from_pretrained(folder, s.seq_len or SMALL["seq_len"], **fields), None
+        refuse(not (folder / "ckpt.pt").is_file(), f"--init_from {folder}: no LLaMA, no ARM there")
         ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
         refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")
         sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}

@@ -357,8 +357,8 @@ def strips(a):
         pieces = run.tokenizer.pieces(x[0].tolist())
         shown = ["".join(c if at < k else "·" * len(c) for c, at in zip(pieces, when, strict=True))
                  for k in (3 * L // 8, 5 * L // 8)]  # fmt: skip
-        print(f"{os.path.basename(run.name):8}{shown[0]}")
-        print(f"{'':8}{shown[1]}")
+        print(f"{os.path.basename(run.name):14}{shown[0]}")
+        print(f"{'':14}{shown[1]}")
 
 
 # ---- sampling ------------------------------------------------------------------------------------

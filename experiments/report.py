@@ -1,11 +1,11 @@
 """
-Writes RESULTS.md: page.md, in which what stands in {{double braces}} is replaced by what the
-logs say, and the pictures that are made of logs alone.
+Writes RESULTS.md: page.md, in which what stands in {{double braces}} is replaced by what the logs
+say, and the pictures that are made of logs alone.
 
     python -m experiments.report
 
 A run is named without its seed: a figure is a mean over the seeds that have been run, ± its
-standard error. Where none has, the page says so.
+standard error. Where none has, the section is left out.
 """
 
 import math
@@ -36,20 +36,20 @@ LABELS = {
 
 def label(name):
     """For a reader. Prefixes go, as each has a table of its own."""
-    name = re.sub("^(film|both|long|base|gpt2)_", "", name)
+    name = re.sub("^((film|both|long|base|gpt2)_)+", "", name)
     longer = name not in LABELS and name.endswith("_time")
     base = name.removesuffix("_time") if longer else name
     return LABELS.get(base, base) + (", equal time" if longer else "")
 
 
 # ---- what the logs say ---------------------------------------------------------------------------
+def everything():
+    return *run_all.items(cuda=False), *run_all.items(cuda=True)
+
+
 def seeds(name):
     """The runs of this name, one for each seed."""
-    found = [
-        item
-        for item in (*run_all.items(cuda=False), *run_all.items(cuda=True))
-        if run_all.is_run(item) and item.name.rpartition("_s")[0] == name
-    ]
+    found = [item for item in everything() if item.name.rpartition("_s")[0] == name]
     refuse(not found, f"page.md: run_all.py has no run of the name {name}")
     return found
 
@@ -136,6 +136,12 @@ def nats(name, kind="", times="1"):
     return shown([int(times) * v for v, _ in found[kinds[0]].values()]) if found else NOT_YET
 
 
+def each(name, times="1"):
+    """Inline: the first figure of every seed."""
+    values = first(name)[1].values()
+    return ", ".join(f"{int(times) * value:.4f}" for value in values) or NOT_YET
+
+
 def find(name, pattern):
     """Inline: what the group in a pattern, in which \\s is a space, finds in a measurement."""
     path = run_all.LOGS / f"{name}.txt"
@@ -146,12 +152,24 @@ def find(name, pattern):
     return found[1]
 
 
+def size_of(s):
+    """Of the model and of the training in these settings."""
+    size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
+    return f"{size}, {s['max_iters']:,} steps of {s['batch_size']} windows"
+
+
 def output(name):
-    """What a measurement has printed, with its command."""
+    """What a measurement has printed, with its command, and how large its runs are."""
     path = run_all.LOGS / f"{name}.txt"
     if not path.is_file():
         return f"{NOT_YET}: {name}"
-    return f"```\n{path.read_text('utf-8').rstrip()}\n```"
+    (item,) = [item for item in everything() if item.name == name]
+    sizes = defaultdict(list)
+    for run in sorted(run_all.needs(item)):
+        header, *_ = checkpoint.read_log(run_all.LOGS / run)
+        sizes[size_of(header["settings"])].append(run)
+    of = "; ".join(f"{', '.join(runs)}: {size}" for size, runs in sizes.items())
+    return f"```\n{path.read_text('utf-8').rstrip()}\n```" + (f"\n\n*{of}.*" if of else "")
 
 
 def made(name):
@@ -160,8 +178,21 @@ def made(name):
         return NOT_YET
     header, s = logs(name)[0][0], logs(name)[0][0]["settings"]
     how = f"{s['dtype']}, compiled" if s["compile"] else s["dtype"]
-    size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
-    return f"{size}; {header['hardware']}, {how}"
+    return f"{size_of(s)}; {header['hardware']}, {how}"
+
+
+def steps(name):
+    """A table of one run's figures as it goes on."""
+    if not logs(name):
+        return f"{NOT_YET}: {name}"
+    _, rows = logs(name)[0]
+    kinds = list(dict.fromkeys(line["kind"] for line in rows))
+    at = {(line["step"], line["kind"]): line for line in rows}
+    out = [row("step", *(f"{kind} ± windows" for kind in kinds)), "|---" * (1 + len(kinds)) + "|"]
+    for step in dict.fromkeys(line["step"] for line in rows):
+        found = [at[step, kind] for kind in kinds]
+        out.append(row(f"{step:,}", *(f"{f['val']:.4f} ± {f['val_error']:.4f}" for f in found)))
+    return "\n".join(out)
 
 
 def curves(picture, *names):
@@ -198,38 +229,41 @@ def power_law(points):
 
 def scaling(picture):
     """Loss against compute: a table, the power law through each model's points, and a picture."""
-    points = defaultdict(list)  # of each model: logarithms of FLOP and nats
-    out = [row("nats per token at TFLOP", *map(label, FIVE)), "|---" * (1 + len(FIVE)) + "|"]
+    points, kinds = defaultdict(list), {}  # of each model: logarithms of FLOP and nats
+    head = "layers x width", *(f"{label(name)}: nats ± windows, TFLOP" for name in FIVE)
+    out = [row(*head), "|---" * len(head) + "|"]
     for size in (f"{n_layer}x{n_embd}" for n_layer, n_embd in SIZES):
         cells = [size]
         for name in FIVE:
             counted = "loa3" if name == "a3" else name  # as many operations
             mflop = find(f"count_{size}", rf"^{counted} +\S+M +([\d.,]+)")
-            value = first(f"{name}_{size}")[1].get(1)
-            if not value or mflop == NOT_YET:
+            if not logs(f"{name}_{size}") or mflop == NOT_YET:
                 cells.append(NOT_YET)
                 continue
+            kinds[name], found = next(iter(best(f"{name}_{size}").items()))
+            ((value, error),) = found.values()
             s = logs(f"{name}_{size}")[0][0]["settings"]
             tokens = s["max_iters"] * s["batch_size"] * s["seq_len"]
             flop = 1e6 * float(mflop.replace(",", "")) * tokens
             points[name].append((math.log10(flop), math.log10(value)))
-            cells.append(f"{value:.4f} at {flop / 1e12:,.1f}")
+            cells.append(f"{value:.4f} ± {error:.4f}, {flop / 1e12:,.1f}")
         out.append(row(*cells))
     laws = {name: power_law(found) for name, found in points.items() if len(found) == len(SIZES)}
     if "arm" in laws:
-        out += ["", row("", "nats ~ FLOP to the power", "meets the ARM at"), "|---" * 3 + "|"]
+        head = "", "nats ~ FLOP to the power ± fit", "meets the ARM at", "what they are"
+        out += ["", row(*head), "|---" * 4 + "|"]
         for name, (slope, error, at_0) in laws.items():
             steeper = laws["arm"][0] - slope
             x = (at_0 - laws["arm"][2]) / steeper if steeper > 0 else math.inf
             where = "" if name == "arm" else f"10^{x:.0f} FLOP" if x < 100 else "never"
-            out.append(row(label(name), f"{slope:+.4f} ± {error:.4f}", where))
+            out.append(row(label(name), f"{slope:+.4f} ± {error:.4f}", where, kinds[name]))
     series = {label(name): [(x, 10**y, 0.0) for x, y in found] for name, found in points.items()}
     words = "compute, powers of ten of FLOP", "nats per token, validation"
     return "\n".join([*out, "", draw(picture, series, *words)])
 
 
 # ---- the page ------------------------------------------------------------------------------------
-WORDS = (losses, pairs, nats, find, output, made, curves, scaling)
+WORDS = (losses, pairs, steps, nats, each, find, output, made, curves, scaling)
 
 
 def fill(match):
@@ -240,8 +274,16 @@ def fill(match):
 
 
 def page():
-    """RESULTS.md, as it should be. Draws its pictures."""
-    return re.sub(r"\{\{(.+?)\}\}", fill, (HERE / "page.md").read_text("utf-8"))
+    """RESULTS.md, as it should be. A section in which something is missing is left out, and named
+    at the end. Draws its pictures."""
+    text = re.sub(r"\{\{(.+?)\}\}", fill, (HERE / "page.md").read_text("utf-8"))
+    sections = re.split(r"^(?=#+ )", text, flags=re.M)
+    missing = [s.partition("\n")[0].lstrip("# ") for s in sections if NOT_YET in s]
+    if missing:
+        names = "; ".join(f"*{name}*" for name in missing)
+        what = f"`python -m experiments.run_all --list` says what is left to be made for: {names}"
+        sections.append(f"# Not there yet\n\n{what}\n")
+    return "".join(s for s in sections if NOT_YET not in s)
 
 
 def parse(argv):

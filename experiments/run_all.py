@@ -34,14 +34,20 @@ from plumbing.cli import refuse
 RUNS, LOGS = Path("runs"), Path("experiments/logs")
 
 # ---- what there is to do, on a CPU ---------------------------------------------------------------
+WIKITEXT, LLAMA = "data/wikitext2", "data/SmolLM2-135M-Instruct"  # to be put there
 CPU = "--device cpu --dtype bfloat16 --compile --log_interval 100 --num_samples 0"
 SMALL = f"{CPU} --max_iters 3000 --eval_interval 500"
 A3, FROM = "--model a3 --shares 0,0,1", "--init_from runs/arm_s{seed}"
-FILM = f"{CPU} --batch_size 64 --n_layer 3 --n_embd 64"
-LONG = f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 6000"
+FILM = CPU.replace("bfloat16", "float32") + " --n_layer 3 --n_embd 64"  # where that is faster
+SMOL = (
+    f"--device cpu --dtype bfloat16 --log_interval 20 --num_samples 0 --data {WIKITEXT}/valid.txt "
+    f"--val_data {WIKITEXT}/test.txt --batch_size 8 --seq_len 64 --weight_decay 0.01 "
+    "--eval_interval 40 --eval_windows 48"
+)
+LONG = f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000"
 SIZES = ((2, 96), (3, 128), (4, 160), (5, 208), (6, 256))  # n_layer, n_embd
-FIVE = {"arm": ("--model arm", 58), "mdm": ("--model mdm", 58), "lomdm": ("--model lomdm", 150),
-        "a3": (A3, 90), "loa3": ("--model loa3", 90)}  # fmt: skip
+FIVE = {"arm": ("--model arm", 35), "mdm": ("--model mdm", 35), "lomdm": ("--model lomdm", 90),
+        "a3": (A3, 54), "loa3": ("--model loa3", 54)}  # fmt: skip
 GROUPS = [  # flags of all, seeds, {name: (its flags, about how many seconds it takes)}
     (SMALL, 3, {
         "arm": ("--model arm", 200), "mdm": ("--model mdm", 200),
@@ -50,29 +56,29 @@ GROUPS = [  # flags of all, seeds, {name: (its flags, about how many seconds it 
         "a3": (A3, 300), "loa3": ("--model loa3", 300),
         "lomdm_frozen": ("--model lomdm --c2 0", 500),
     }),
-    (f"{FILM} --data automaton --max_iters 1000 --eval_interval 250", 3, {
-        "film_arm": ("--model arm", 50), "film_mdm": ("--model mdm", 50),
-        "film_block17": ("--model block --block_len 17", 80), "film_lomdm": ("--model lomdm", 130),
-        "film_lomdm_exp": ("--model lomdm --weights exp", 130), "film_a3": (A3, 80),
-        "film_loa3": ("--model loa3", 80),
+    (f"{FILM} --batch_size 64 --data automaton --max_iters 1000 --eval_interval 250", 3, {
+        "film_arm": ("--model arm", 100), "film_mdm": ("--model mdm", 100),
+        "film_block17": ("--model block --block_len 17", 160), "film_a3": (A3, 160),
+        "film_loa3": ("--model loa3", 160),
     }),
-    (f"{CPU} --max_iters 1000 --eval_interval 500", 1, {
-        f"{name}_{n_layer}x{n_embd}": (f"{flags} --n_layer {n_layer} --n_embd {n_embd}",
-                                       seconds * n_layer * n_embd**2 / 65536)
-        for n_layer, n_embd in SIZES for name, (flags, seconds) in FIVE.items()
+    (f"{FILM} --batch_size 32 --data automaton --max_iters 1000 --eval_interval 250", 3, {
+        "film_lomdm": ("--model lomdm", 130),
+        "film_lomdm_exp": ("--model lomdm --weights exp", 130),
+    }),
+    (f"{FILM} --batch_size 64 --data automaton-both --max_iters 3000 --eval_interval 1000", 3, {
+        "both_arm": ("--model arm", 300), "both_loa3": ("--model loa3", 500),
     }),
     (f"{LONG} --eval_interval 1000", 1, {
-        "long_arm": ("--model arm", 1800), "long_loa3": ("--model loa3 --random_share 0.2", 3100),
+        "long_loa3": ("--model loa3 --random_share 0.2", 1600), "long_arm": ("--model arm", 900),
     }),
-    (f"{CPU} --eval_interval 1000", 3, {  # as long as LoMDM takes for its 3,000 steps
-        "arm_time": ("--model arm --max_iters 8000", 500),
-        "mdm_time": ("--model mdm --max_iters 8000", 500),
-        "a3_time": (f"{A3} --max_iters 5000", 500),
-        "loa3_time": ("--model loa3 --max_iters 5000", 500),
-        "block4_time": ("--model block --block_len 4 --max_iters 5000", 500),
-        "block16_time": ("--model block --max_iters 5000", 500),
+    (f"{CPU} --eval_interval 250", 3, {  # as long as the ARM and MDM take for 3,000 steps
+        "block4_time": ("--model block --block_len 4 --max_iters 1400", 175),
+        "block16_time": ("--model block --max_iters 1400", 175),
+        "lomdm_time": ("--model lomdm --max_iters 950", 175),
+        "a3_time": (f"{A3} --max_iters 1500", 175),
+        "loa3_time": ("--model loa3 --max_iters 1500", 175),
     }),
-    (SMALL, 3, {
+    (SMALL, 2, {
         "share01": ("--model loa3 --random_share 0.1", 300),
         "share03": ("--model loa3 --random_share 0.3", 300),
         "stages": (f"--model a3 {FROM}", 300), "stage3": (f"{A3} {FROM}", 300),
@@ -81,8 +87,14 @@ GROUPS = [  # flags of all, seeds, {name: (its flags, about how many seconds it 
         "mdm_by_time": ("--model mdm-by-time", 200),
         "lomdm_by_time": ("--model lomdm-by-time", 500),
     }),
-    (f"{FILM} --data automaton-both --max_iters 3000 --eval_interval 1000", 3, {
-        "both_arm": ("--model arm", 130), "both_loa3": ("--model loa3", 250),
+    (f"{CPU} --max_iters 600 --eval_interval 300", 1, {
+        f"{name}_{n_layer}x{n_embd}": (f"{flags} --n_layer {n_layer} --n_embd {n_embd}",
+                                       seconds * n_layer * n_embd**2 / 65536)
+        for n_layer, n_embd in SIZES for name, (flags, seconds) in FIVE.items()
+    }),
+    (f"{A3} --init_from {LLAMA} {SMOL}", 1, {
+        "smol0": ("--max_iters 1 --learning_rate 1e-12", 90),  # as it was
+        "smol": ("--max_iters 240 --learning_rate 2e-4 --warmup_iters 10", 1500),
     }),
 ]  # fmt: skip
 PICTURES = "experiments/pictures"
@@ -100,7 +112,7 @@ MEASURES = {  # name: (command, about how many seconds)
     "order": (f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg", 60),
     "position": (f"evidence position {of('loa3')} --svg {PICTURES}/position.svg", 30),
     "passage": (f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg", 9),
-    "orders": (f"evidence passage {of('loa3 both_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
+    "orders": (f"evidence passage {of('loa3 film_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
                9),
     "strips": (f"evidence strips {of('arm block16 mdm lomdm_exp')}", 9),
     "fraction": (f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg", 300),
@@ -108,9 +120,9 @@ MEASURES = {  # name: (command, about how many seconds)
     "samples": (f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}", 200),
     "infill": (f"evidence infill {of('arm block16 mdm lomdm lomdm_exp loa3 share01 share03 a3')}",
                100),
-    "decoders": (f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 300", 900),
-    "page": (f"sample.py --device cpu --out_dir {of('long_loa3')} --html {PICTURES}/sample.html",
-             30),
+    "decoders": (f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 200", 600),
+    "page": (f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "
+             f"--top_p 0.9 --html {PICTURES}/sample.html", 30),
     "count": ("bench --device cpu --preset gpt2 --what count --dtype bfloat16", 60),
 } | {
     f"count_{n_layer}x{n_embd}": (
@@ -134,7 +146,6 @@ ALONE = {  # the same, while nothing else runs
 
 # ---- the same, on a GPU --------------------------------------------------------------------------
 BASE = "--preset base --device cuda --log_interval 100 --num_samples 0"
-WIKITEXT = "data/wikitext2"  # to be put there
 CUDA_GROUPS = [
     (BASE, 3, {f"base_{name}": (flags, 240) for name, (flags, _) in FIVE.items()}),
     (f"--preset gpt2 --device cuda --data {WIKITEXT}/valid.txt --val_data {WIKITEXT}/test.txt "
@@ -348,6 +359,8 @@ def main(argv=None):
     failed = do(left, a.workers, time.time() + 60 * a.minutes, a.device == "cuda")
     report.main([])
     refuse(failed, f"failed: {', '.join(failed)}")
+    if more := to_do(chosen, everything):
+        print(f"{len(more)} left; the same command goes on")
 
 
 if __name__ == "__main__":

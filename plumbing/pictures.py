@@ -131,7 +131,10 @@ def svg(samples, width=72):
 
 # ---- charts --------------------------------------------------------------------------------------
 
-COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#f28e2b", "#3fa7a0", "#9c755f", "#d37295")
+COLOURS = (
+    "#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#f28e2b", "#3fa7a0", "#9c755f", "#d37295",
+    "#8c8c8c", "#c9a400",
+)  # fmt: skip
 STYLE = (
     "text{font:13px sans-serif;fill:#222}.axis{stroke:#888;fill:none}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}}"

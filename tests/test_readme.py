@@ -1,4 +1,4 @@
-"""What README.md, experiments/RESULTS.md, experiments/EARLIER.md and the docstrings of the scripts
+"""What README.md, experiments/RESULTS.md, experiments/TRIED.md and the docstrings of the scripts
 say can be run: the commands parse, files, tests and functions exist, and the code shown does what
 it says."""
 
@@ -15,7 +15,7 @@ from experiments import bench, evidence, harness, report, run_all, speed
 from plumbing import cli, data
 
 ROOT = Path(__file__).parents[1]
-FILES = "README.md", "experiments/RESULTS.md", "experiments/EARLIER.md"
+FILES = "README.md", "experiments/RESULTS.md", "experiments/TRIED.md"
 PAGES = {path: (ROOT / path).read_text("utf-8") for path in FILES}
 PROSE = "\n".join(PAGES.values())
 

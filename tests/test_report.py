@@ -35,19 +35,35 @@ def test_results_are_what_the_logs_say(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_bytes((ROOT / "experiments/page.md").read_bytes())
     assert report.page() == (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
     drawn = sorted((tmp_path / "pictures").glob("*.svg"))
+    assert drawn
     for picture in drawn:
         assert picture.read_bytes() == (pictures / picture.name).read_bytes()
-    assert len(drawn) == len(re.findall(r"\w+\.svg", " ".join(drawings())))
 
 
-def drawings():
-    template = (ROOT / "experiments" / "page.md").read_text("utf-8")
-    return re.findall(r"\{\{((?:curves|scaling) .*?)\}\}", template)
+def test_pictures_exist():
+    for path in ("README.md", "experiments/RESULTS.md", "experiments/TRIED.md"):
+        text = (ROOT / path).read_text("utf-8")
+        for picture in re.findall(r"\((\S*pictures/\S+)\)", text):
+            assert (ROOT / path).parent.joinpath(picture).is_file()
 
 
-def test_results_say_nothing_is_missing():
+def test_what_is_missing_is_named():
+    """A CPU cannot make the part on the GPU; the first seven are under way."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
     assert report.NOT_YET not in text
+    missing = re.findall(r"\*([^*]+)\*", text.partition("# Not there yet")[2])
+    assert set(missing) <= {
+        "What does an order cost?",
+        "Are orders better than times?",
+        "Who fills a gap best?",
+        "Do A3's three stages pay, and the left neighbour?",
+        "Loss against compute",
+        "A pretrained LLaMA",
+        "How long does a step take?",
+        "Tinyshakespeare, nanoGPT's size",
+        "WikiText-2 in GPT-2's tokens, GPT-2's size",
+        "Time and memory",
+    }
 
 
 FIGURE = r"\d[\d,]*\.\d+(?: ± \d+\.\d+)?|\d{1,3},\d{3}"  # 1.8635 ± 0.0024, 1.8635 or 1,029
@@ -69,19 +85,32 @@ def rounds_to(known, figure):
 
 
 def test_readme_has_no_number_of_its_own():
-    """All are in RESULTS.md, or EARLIER.md as long as that is there, perhaps with more digits."""
-    pages = [path for path in (ROOT / "experiments").glob("*.md") if path.name != "page.md"]
-    known = {
-        figure.replace(",", "")
-        for path in pages
-        for figure in re.findall(FIGURE, path.read_text("utf-8"))
-    }
+    """All are in RESULTS.md, perhaps with more digits."""
+    results = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
+    known = {figure.replace(",", "") for figure in re.findall(FIGURE, results)}
     readme = (ROOT / "README.md").read_text("utf-8")
     used = figures(readme[readme.index("## Results") : readme.index("## Text of your own")])
     assert len(used) > 20
     assert [figure for figure in used if not any(rounds_to(k, figure) for k in known)] == []
     assert rounds_to("1.8635 ± 0.0024", "1.86") and rounds_to("1.8635 ± 0.0024", "1.864 ± 0.002")
     assert not rounds_to("1.8635", "1.8635 ± 0.0024") and not rounds_to("1.8635", "1.865")
+
+
+def test_what_readme_shows_was_drawn():
+    """Its first picture, and the sample: every line has been printed by a measurement."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    measured = [run_all.LOGS / f"{name}.txt" for name in ("strips", "films", "page")]
+    printed = {
+        word.rstrip("↵")
+        for path in measured
+        for line in path.read_text("utf-8").splitlines()
+        for word in (line, line[14:])  # behind the name of a run
+    }
+    shown = [line[8:] for line in readme.split("```\n")[1].splitlines()]
+    assert len(shown) == 8 and set(shown[:4]) <= printed
+    assert {word for line in shown[4:] for word in line.split()} <= printed
+    sample = readme[readme.index("## Results") :].split("```\n")[1].splitlines()
+    assert len(sample) > 2 and set(sample) <= printed
 
 
 # ---- figures, by hand ----------------------------------------------------------------------------
@@ -124,6 +153,7 @@ def test_figures(logs):
     assert report.nats("arm", "exact", "10") == "23.0000 ± 1.7321"
     assert report.nats("mdm") == "2.2000 ± 0.1732"
     assert report.nats("mdm", "left") == "7.0000 ± 0.0000" and report.nats("arm_time") == "9.0000"
+    assert report.each("mdm", "10") == "25.0000, 22.0000, 19.0000"
     table = report.losses("arm", "mdm", "x2").splitlines()
     assert table[2] == "| ARM | 20 x 4 | 4.6000 ± 0.3464 | 3 | 0.2000 | exact |"
     assert table[3] == "| MDM | 20 x 4, twice | 4.4000 ± 0.3464 | 3 | 0.2000 | bound |"
@@ -152,7 +182,8 @@ def test_what_is_missing_or_made_otherwise_is_said(logs, monkeypatch):
         report.curves("c.svg", "arm", "arm")
     monkeypatch.setattr(run_all, "GROUPS", [("--max_iters 30", 3, RUNS)])  # all logs are old now
     assert report.nats("arm") == report.made("arm") == report.NOT_YET
-    assert report.NOT_YET in report.losses("arm") and report.NOT_YET in report.pairs("arm-mdm")
+    assert report.NOT_YET in report.losses("arm") and report.NOT_YET in report.steps("arm")
+    assert report.NOT_YET in report.pairs("arm-mdm")
     assert report.curves("c.svg", "arm") == report.NOT_YET
 
 
@@ -176,19 +207,33 @@ def test_loss_against_compute(logs, monkeypatch):
         write_log(f"arm_1x{width}", {"exact": [10 * (width * 240) ** -0.5]})
         write_log(f"a3_1x{width}", {"exact": [10 * (width * 240_000) ** -0.25]})
     text = report.scaling("s.svg")
-    assert "| ARM | -0.5000 ± 0.0000 |  |" in text and "| A3 | -0.2500 ± 0.0000 | never |" in text
-    assert f"| 1x2 | {10 * 480**-0.5:.4f} at 0.0 |" in text  # 2 MFLOP, 20 x 4 x 3 tokens
-    assert f"{10 * 1_920_000**-0.25:.4f} at 1.9 |" in text
+    assert "| ARM | -0.5000 ± 0.0000 |  | exact |" in text
+    assert "| A3 | -0.2500 ± 0.0000 | never | exact |" in text
+    assert f"| 1x2 | {10 * 480**-0.5:.4f} ± 0.1000, 0.0 |" in text  # 2 MFLOP, 20 x 4 x 3 tokens
+    assert f"{10 * 1_920_000**-0.25:.4f} ± 0.1000, 1.9 |" in text
 
 
-def test_what_measurements_say(logs):
+def test_what_measurements_say(logs, monkeypatch):
+    monkeypatch.setattr(run_all, "MEASURES", {"speed": ("speed runs/arm_s2 runs/mdm_s1", 1)})
+    monkeypatch.setattr(run_all, "ALONE", {"alone": ("bench", 1)})
     (logs / "speed.txt").write_text("$ python x\na machine\narm   3.5 (1.0)\n")
     assert report.find("speed", r"^arm\s+([\d.]+)") == "3.5"
     with pytest.raises(UserError, match="has no mdm"):
         report.find("speed", "mdm (.)")
     assert report.find("gone", "(.)") == report.NOT_YET and report.NOT_YET in report.output("gone")
-    assert report.output("speed") == "```\n$ python x\na machine\narm   3.5 (1.0)\n```"
-    assert report.made("arm") == "1 layers, 2 wide, 3 tokens of context; a machine, float32"
+    size = "1 layers, 2 wide, 3 tokens of context, 20 steps of 4 windows"
+    text = "```\n$ python x\na machine\narm   3.5 (1.0)\n```"
+    assert report.output("speed") == f"{text}\n\n*arm_s2, mdm_s1: {size}.*"
+    (logs / "alone.txt").write_text("$ python y\n")
+    assert report.output("alone") == "```\n$ python y\n```"  # needs no runs
+    assert report.made("arm") == f"{size}; a machine, float32"
+
+
+def test_a_run_as_it_goes_on(logs):
+    table = report.steps("mdm").splitlines()
+    assert table[0] == "| step | bound ± windows | exact, left ± windows |"
+    assert table[2] == "| 10 | 2.5000 ± 0.1000 | 7.0000 ± 0.1000 |"
+    assert table[3] == "| 20 | 4.0000 ± 0.1000 | 1.0000 ± 0.1000 |" and len(table) == 4
 
 
 def test_the_page_is_filled_in(logs):
@@ -202,6 +247,14 @@ def test_the_page_is_filled_in(logs):
     (logs / "page.md").write_text("{{nets arm}}")
     with pytest.raises(UserError, match="nets is none of losses, pairs"):
         report.page()
+
+
+def test_a_section_without_its_figures_is_left_out(logs):
+    (logs / "page.md").write_text("A\n# B\n{{nats arm}}\n## C\nsee {{find rows (x)}}\n#. D\n# E\n")
+    assert report.page() == (
+        "A\n# B\n2.3000 ± 0.1732\n# E\n# Not there yet\n\n"
+        "`python -m experiments.run_all --list` says what is left to be made for: *C*\n"
+    )
 
 
 # ---- what is left to do --------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def test_without_network(work, monkeypatch, capsys):
         ("--model mdm --c2 0.1", "--c2 is for --model lomdm or lomdm-by-time, not mdm"),
         ("--model a3 --shares 1,1,1", "shares must be three numbers >= 0 that sum to 1"),
         ("--model a3 --group_size 0", "group_size must be at least 1"),
-        ("--model a3 --init_from nowhere", "no checkpoint at nowhere.ckpt.pt"),
+        ("--model a3 --init_from nowhere", "--init_from nowhere: no LLaMA, no ARM there"),
         ("--warmup_iters 900", "--warmup_iters exceeds 800 steps"),
         ("--batch_size 2000000000", "--batch_size must be below 1048576"),
         (
