@@ -124,8 +124,8 @@ def ranks(groups):
 
 
 def who_sees(keys, content, query):
-    """Equation (2) for ranks of groups: keys (B, S), content (B, n), query (B, m). Returns the
-    mask argument of scaled_dot_product_attention for each stream."""
+    """Equation (2) for ranks of groups: keys (B, S), content (B, n), query (B, m). Returns the mask
+    argument of scaled_dot_product_attention for each stream, (B, 1, n, S) and (B, 1, m, S)."""
     keys, content, query = keys[:, None, None], content[:, None, :, None], query[:, None, :, None]
     return {"attn_mask": keys <= content}, {"attn_mask": keys < query}  # row sees column
 
@@ -238,7 +238,7 @@ class A3(nn.Module):
         if by not in RULES or (by == "order" and not self.order):
             raise ValueError(f"by must be one of {RULES}, 'order' only if learned, not {by!r}")
         if per_step < 1:
-            raise ValueError(f"per_step must be at least 1, not {per_step}")
+            raise ValueError(f"per_step must be at least 1, and n_draws, not {per_step}")
 
     def left_of(self, x, before):
         """The token on the left of each position (B, L), the start token for the first one, and -1
@@ -312,6 +312,7 @@ class A3(nn.Module):
     def nelbo(self, x, n_draws=1, size=None, generator=None):
         """-log p(x) (B,) in nats: the mean over n_draws random_groups() of this size; 0: left to
         right. None: of the order that was learned, the bound (7), or if there is none, size 1."""
+        self.check(x, x, "left", n_draws)
         if size is None and self.order:
             draws = [sum(self.order_terms(x, generator)) for _ in range(n_draws)]
         elif size == 0:
@@ -342,7 +343,7 @@ class A3(nn.Module):
         return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
 
     def given(self, x, groups):
-        """Start token and given tokens, as read: tokens, slots, ranks (B, 1 + n), L: not there."""
+        """Start token and given tokens, as read: tokens, slots, ranks (B, 1 + n), L if none."""
         n, L = int((groups < 0).sum(1).max()), x.shape[1]
         rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
         tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
@@ -353,9 +354,9 @@ class A3(nn.Module):
     @torch.no_grad()
     def decode(self, x, groups, per_step, by, truth=None, generator=None, **how):
         """(5) Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
-        of each the per_step positions at a time that `by` is surest of, "left" and "order", which
-        are in the groups, by "confidence". Tokens are not drawn, but copied from a truth (B, L) if
-        there is one. Returns x and the step of each token, if given its group: for log_prob()."""
+        of each the per_step positions at a time that `by` is surest of ("confidence", if `by` is
+        about the order of groups). If there is a truth (B, L), tokens are not drawn, but copied.
+        Returns x and groups for log_prob(): each token's step, and those of given tokens as was."""
         self.check(x, groups, by, per_step)
         x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
         rank = torch.where(groups < 0, groups, L)  # the step that committed a token; L: open
@@ -494,19 +495,19 @@ class A3(nn.Module):
         return nll.gather(1, order), -log_q_hat, log_q
 
     def order_loss(self, x):
-        """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, plus a
-        term whose gradient counts, not its value; and a dict of detached metrics, of which "nelbo"
-        is to report. Autograd cannot see how q changes which order is drawn: REINFORCE. A choice,
-        which also tells what reading it is, answers for all costs from it on, less what the other
-        texts pay from the same step on."""
+        """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, which is
+        metrics["nelbo"], plus a term whose gradient counts, not its value. Autograd cannot see how
+        q changes which order is drawn: REINFORCE. A choice, which also tells what reading it is,
+        answers for all costs from it on, less what the other texts pay from the same step on."""
+        if len(x) < 2:
+            raise ValueError("a learned order compares texts: at least 2 in a batch")
         nll, nll_hat, log_q = self.order_terms(x)
         cost = nll + nll_hat + log_q  # (B, L), of each step
         to_come = cost.detach().flip(1).cumsum(1).flip(1)
         excess = (to_come - to_come.mean(0)) * len(x) / (len(x) - 1)
         metrics = dict(nelbo=cost.mean(), recon=nll.mean(), order=(nll_hat + log_q).mean())
         metrics["left_share"] = self.order.shares(x)[:, 0].exp().mean()
-        loss = cost.mean() + (excess * log_q).mean()
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        return cost.mean() + (excess * log_q).mean(), {k: v.detach() for k, v in metrics.items()}
 
     # ---- adaptation ------------------------------------------------------------------------------
     @torch.no_grad()
@@ -588,8 +589,7 @@ class Order(nn.Module):
         s_j = - sum_{i <= j} speed steps_i         steps_i: by how much i comes after i - 1
     Which it is, is drawn: q and q_hat both favour left to right at first, 2 to 1, and for q each
     kind of token in x has a vote. Parameters are stored divided by speed, as an optimiser's steps
-    are small. train_char.py trains them later than the rest, as what is easy first is not what is
-    best, and with an Adam eps of about 0.3, as a small one blows up noise."""
+    are small. train_char.py trains them late, and with a large eps in Adam, and says why."""
 
     speed = 40.0
 

@@ -148,8 +148,8 @@ def block_clocks(t, L, K):
 
 def spread_counts(B, n, K, generator=None, device=None):
     """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, but all
-    together spread evenly, as it is mere noise if a batch is all hard or all easy. One random turn
-    for all of the N = B n blocks, which are numbered so that neighbours have distant numbers."""
+    together spread evenly, as it is mere noise if a batch is all hard or all easy: number j of the
+    N = B n blocks, of which neighbours are far apart, reveals ((j K + turn) mod N K) // N."""
     N = B * n
     row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
     number = (row + b * B // n) % B * n + b  # (B, n): 0 .. N - 1
@@ -371,7 +371,7 @@ class LoMDM(nn.Module):
         """w(x) (B, L), the noise's weights (3), which see the clean x up to their own block."""
         self.check(x)
         if not self.config.learn_order:
-            return self.g(self.wte(x), None, None, x.shape[1])  # without a pass
+            return uniform(self.wte.weight[:1], None, None, x.shape[1]).expand_as(x)  # no pass
         with torch.no_grad():
             h, attention = self.features(x)
         return self.g(h, *attention, x.shape[1])

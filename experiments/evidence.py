@@ -308,7 +308,7 @@ def right(film):
 
 def films(a):
     """--data automaton and automaton-both: how many of the films that it draws follow the rule, and
-    the first ones, each cell's turn beside it, from 0 to 9."""
+    the first ones, each cell's turn below it, from 0 to 9."""
     for out_dir in a.out_dirs:
         run = load(out_dir, a)
         source = run.ckpt["settings"]["data"]

@@ -36,7 +36,7 @@ LABELS = {
 
 def label(name):
     """For a reader. Prefixes go, as each has a table of its own."""
-    name = re.sub("^((film|both|long|base|gpt2)_)+", "", name)
+    name = re.sub("^(film|both|long|base|gpt2)_", "", name)
     longer = name not in LABELS and name.endswith("_time")
     base = name.removesuffix("_time") if longer else name
     return LABELS.get(base, base) + (", equal time" if longer else "")

@@ -442,10 +442,17 @@ def test_bfloat16_is_close_to_float32():
         assert torch.allclose(a, b, atol=0.02) and torch.allclose(a, c, atol=0.1)
 
 
-def test_a_batch_of_one_has_no_baseline():
-    """The order would stay as it is, without a word."""
-    loss, metrics = make(4, 3).loss(torch.randint(3, (1, 4)))
-    assert loss.isnan() and metrics["nelbo"].isfinite()
+def test_a_batch_of_one_is_refused():
+    """It has no baseline: the order would stay as it is, without a word."""
+    with pytest.raises(ValueError, match="at least 2 in a batch"):
+        make(4, 3).loss(torch.randint(3, (1, 4)))
+
+
+def test_no_draws_are_refused():
+    x = torch.randint(3, (2, 4))
+    for model in (make(4, 3), A3(Config(3, 4, 1, 2, 16))):
+        with pytest.raises(ValueError, match="and n_draws, not 0"):
+            model.nelbo(x, 0)
 
 
 def test_without_an_order_the_loss_is_that_of_random_ones():
