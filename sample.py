@@ -63,7 +63,7 @@ def write(model, x, length, end, how):
     that length. They get filled too: it is drawn as if the text went on in every possible way. For
     an A3, what is not decoded is not there."""
     L, K = model.config.seq_len, getattr(model.config, "block_len", 1)
-    keep, n = max(1, L // 2 // K * K) if K < L else max(1, L // 2), x.shape[1]
+    keep, n = L // 2 // K * K or L // 2, x.shape[1]
     at, done, calls = torch.full_like(x, -1), False, 0
     while not done:
         begin = 0 if n < L or n == length else n - keep
@@ -84,8 +84,9 @@ def main(argv=None):
     cli.check(s)
     refuse(s.prompt and s.infill, "--prompt or --infill: one of the two")
     refuse(s.top_p and s.top_p > 1, "--top_p must be at most 1")
+    twice = s.html and s.svg and Path(s.html).resolve() == Path(s.svg).resolve()
     for what, path in (("html", s.html), ("svg", s.svg)):
-        taken = path and (Path(path).name in checkpoint.RUN_FILES or (s.html == s.svg))
+        taken = path and (Path(path).name in checkpoint.RUN_FILES or twice)
         refuse(taken, f"--{what} {path}: take another name, this one is a run's or there twice")
     device = cli.pick_device(s.device)
     ckpt, model = checkpoint.load(Path(s.out_dir) / "ckpt.pt", make_model, device)

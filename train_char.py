@@ -20,7 +20,6 @@ import math
 import shlex
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +50,6 @@ PRESETS = {
 
 
 # ---- models --------------------------------------------------------------------------------------
-def bound(model, x, draws, generator, **how):
-    """A validation figure: nats (B,) for x (B, L)."""
-    return model.nelbo(x, draws, generator=generator, **how)
-
-
 def train_groups(s, step, x):
     """Groups for A3, and whether all have one token."""
     stage, size = a3.curriculum(step, s.lr_decay_iters, s.shares, s.group_size)
@@ -63,22 +57,20 @@ def train_groups(s, step, x):
     return dict(groups=groups, single=size == 1)
 
 
-SIZES, ORDERED = ("seq_len", "n_layer", "n_head", "n_embd"), "lomdm lomdm-by-time"
-BOUND, ORDER = dict(bound=bound), ("block_len", "weights", "c1", "c2")
-EXACT = {
-    "exact, random order": partial(bound, size=1),
-    "exact, left to right": partial(bound, size=0),
-}
-FOURS = {"exact, random groups of 4": partial(bound, size=4)}
+SIZES = "seq_len", "n_layer", "n_head", "n_embd"
+WITH_ORDER, ORDER_FLAGS = "lomdm lomdm-by-time", ("block_len", "weights", "c1", "c2")
+BOUND = dict(bound={})  # figures to validate by: {kind: arguments of nelbo()}
+EXACT = {"exact, random order": dict(size=1), "exact, left to right": dict(size=0)}
+FOURS = {"exact, random groups of 4": dict(size=4)}
 MODELS = {  # class; what its Config has fixed, and from flags; figures, the first finds the best
-    "arm": ("lomdm.LoMDM", dict(block_len=1), (), dict(exact=bound)),
+    "arm": ("lomdm.LoMDM", dict(block_len=1), (), dict(exact={})),
     "mdm": ("lomdm.LoMDM", dict(), (), BOUND),
     "block": ("lomdm.LoMDM", dict(), ("block_len",), BOUND),
-    "lomdm": ("lomdm.LoMDM", dict(learn_order=True), ORDER, BOUND),
+    "lomdm": ("lomdm.LoMDM", dict(learn_order=True), ORDER_FLAGS, BOUND),
     "a3": ("a3.A3", dict(), ("left_neighbour",), EXACT | FOURS),
     "loa3": ("a3.A3", dict(learn_order=True), ("left_neighbour", "random_share"), BOUND | EXACT),
     "mdm-by-time": ("experiments.by_time.ByTime", dict(), (), BOUND),  # the papers' estimator
-    "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER, BOUND),
+    "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER_FLAGS, BOUND),
 }  # fmt: skip
 INPUTS = {"a3": train_groups}  # what the loss takes besides x, if anything
 
@@ -109,11 +101,11 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    dropout: float | None = flag(None, "0 on CPU, 0.2 on CUDA")
-    block_len: int | None = flag(None, "of a block [block: 16]", least=1, only="block " + ORDERED)
-    weights: str = flag("normsig", "or exp, unbounded", ("normsig", "exp"), only=ORDERED)
-    c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only=ORDERED)
-    c2: float = flag(0.65, "0 keeps the order uniform", only=ORDERED)
+    dropout: float | None = flag(None, "[0; preset base: 0.2]")
+    block_len: int | None = flag(None, "of each [block: 16]", least=1, only="block " + WITH_ORDER)
+    weights: str = flag("normsig", "or exp, unbounded", ("normsig", "exp"), only=WITH_ORDER)
+    c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only=WITH_ORDER)
+    c2: float = flag(0.65, "0 keeps the order uniform", only=WITH_ORDER)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
@@ -125,7 +117,7 @@ class Settings:
     max_iters: int | None = flag(None, "steps", least=1, resume=True)
     learning_rate: float | None = flag(None, "the highest", least=1e-12, resume=True)
     min_lr: float | None = flag(None, "[a tenth]", least=0, resume=True, follows="learning_rate")
-    warmup_iters: int | None = flag(None, "linear, to the highest [a tenth, or 100]", least=0)
+    warmup_iters: int | None = flag(None, "linear, to the highest [100, a tenth at most]", least=0)
     lr_decay_iters: int | None = flag(None, "end of cosine [max_iters]", least=1, resume=True)
     weight_decay: float = flag(0.1, "of matrices", least=0)
     beta1: float = flag(0.9, "", least=0, below=1)
@@ -143,12 +135,11 @@ class Settings:
 
 def settle(s, device, like=None):
     """Fill in what follows the preset, a model or other flags, and refuse what cannot be."""
-    s.preset = s.preset or ("base" if device.type == "cuda" else "small")
-    known = PRESETS[s.preset] | {name: getattr(like.config, name) for name in SIZES if like}
-    s.text_len = s.text_len or data.TEXT_LEN.get(s.data)
-    known["seq_len"] = s.text_len or known["seq_len"]
+    s.text_len = data.TEXT_LEN.get(s.data) if s.text_len is None else s.text_len
+    known = PRESETS[s.preset] | (dict(seq_len=s.text_len) if s.text_len else {})
+    known |= {name: getattr(like.config, name) for name in SIZES if like}
     known["lr_decay_iters"] = steps = s.lr_decay_iters or s.max_iters or known["max_iters"]
-    known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
+    known["warmup_iters"] = min(known["warmup_iters"], max(0, steps // 10))
     known["min_lr"] = (s.learning_rate or known["learning_rate"]) / 10
     known["compile"] = cli.is_modern(device)
     known["dtype"] = "bfloat16" if known["compile"] else "float32"
@@ -161,7 +152,8 @@ def settle(s, device, like=None):
     wrong = [name for name in SIZES if like and getattr(s, name) != getattr(like.config, name)]
     refuse(wrong, f"--{[*wrong, ''][0]} is not that of {s.init_from}; leave it out")
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
-    refuse(whole, f"--block_len must lie between 1, --model arm, and {s.seq_len}, --model mdm")
+    refuse(whole, f"--block_len: above 1 (--model arm), below {s.seq_len} (--model mdm)")
+    refuse(s.min_lr > s.learning_rate, "--min_lr must not exceed --learning_rate")
     refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
     refuse(s.seq_len % (s.text_len or 1), f"--seq_len must hold whole texts, of {s.text_len}")
     refuse(s.model == "loa3" and s.batch_size < 2, "loa3 compares texts: --batch_size 2 at least")
@@ -173,12 +165,20 @@ def settle(s, device, like=None):
 
 # ---- batches, learning rate, validation ----------------------------------------------------------
 def windows(text, starts, L, device):
-    x = text[np.asarray(starts)[:, None] + np.arange(L)].astype(np.int64)
-    return torch.from_numpy(x).to(device)  # (len(starts), L)
+    """(len(starts), L). From pinned memory the CPU need not wait until a GPU has them."""
+    x = torch.from_numpy(text[np.asarray(starts)[:, None] + np.arange(L)].astype(np.int64))
+    cuda = torch.device(device).type == "cuda"
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+
+
+def spread(n, L, most):
+    """Where windows of L begin in n tokens: side by side, but evenly spread if more than most."""
+    whole = n // L
+    return np.arange(min(whole, most)) * whole // min(whole, most) * L
 
 
 def get_batch(s, text, step, m, device):
-    """Windows (batch_size, seq_len) for micro-batch m, and the seed of what is drawn after this."""
+    """Windows (batch_size, seq_len) for micro-batch m. Seeds all that is drawn after them, too."""
     seed = np.random.SeedSequence((s.seed, step, m + 1)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))  # m + 1, as SeedSequence ignores zeros at the end
     each = s.text_len or 1  # windows begin where texts begin
@@ -195,16 +195,16 @@ def get_lr(step, s):
 
 @torch.no_grad()
 def estimate_loss(model, val, s, device):
-    """[(figure, mean, standard error)], nats per token, over windows of val, side by side or, if
-    there are more than --eval_windows, evenly spread. In float32, and with the same orders every
-    time: one checkpoint has one number. The error is that of windows and orders, not of seeds."""
-    found, whole = [], len(val) // s.seq_len
-    n, rows = min(whole, s.eval_windows), max(1, 2**14 // s.seq_len)  # 16k tokens a pass
-    starts = np.arange(n) * whole // n * s.seq_len
-    for figure, f in MODELS[s.model][3].items():
+    """[(figure, mean, standard error)], nats per token, over windows of val. In float32, and with
+    the same orders every time: one checkpoint has one number. The error is that of windows and
+    orders, not of seeds."""
+    found, starts = [], spread(len(val), s.seq_len, s.eval_windows)
+    n, rows = len(starts), max(1, 2**14 // s.seq_len)  # 16k tokens a pass
+    for figure, how in MODELS[s.model][3].items():
         generator, nats = torch.Generator(device).manual_seed(1), []
         for some in np.split(starts, range(rows, n, rows)):
-            nats.append(f(model, windows(val, some, s.seq_len, device), s.eval_draws, generator))
+            x = windows(val, some, s.seq_len, device)
+            nats.append(model.nelbo(x, s.eval_draws, generator=generator, **how))
         per_token = torch.cat(nats).cpu().double() / s.seq_len  # (n,)
         error = per_token.std(correction=min(1, n - 1)) / math.sqrt(n)
         found.append((figure, per_token.mean().item(), error.item()))
@@ -222,10 +222,8 @@ def train(s, device, corpus, model, ckpt, about):
     weights = list(named.values())
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
     groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
-    if choices:
-        groups.append(dict(params=choices, weight_decay=0.0, eps=0.3, begins=s.lr_decay_iters // 3))
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=fused)
+    groups += [dict(params=choices, weight_decay=0.0, eps=0.3)] if choices else []
+    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=True)
     used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
     step, best, seconds = 0, math.inf, 0.0
     if ckpt:
@@ -251,8 +249,8 @@ def train(s, device, corpus, model, ckpt, about):
                 each.append(torch.stack(list(metrics.values())))
             processes.average_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr if step >= group.get("begins", 0) else 0.0
+            for i, group in enumerate(optimizer.param_groups):  # the last: the order
+                group["lr"] = lr if i < 2 or step >= s.lr_decay_iters // 3 else 0.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if s.ema:  # the average begins with the weights after the first step
@@ -264,7 +262,8 @@ def train(s, device, corpus, model, ckpt, about):
             bar.update()
 
             due = step % s.eval_interval == 0 or step == s.max_iters
-            if not (due or step % s.log_interval == 0 or (stop and WORLD == 1)):
+            stopping = processes.any_of(stop, device)  # all stop at the same step
+            if not (due or step % s.log_interval == 0 or stopping):
                 continue
             numbers = processes.mean(torch.stack(pending)).cpu().double()  # (steps, numbers)
             took, n = time.perf_counter() - began, len(pending)
@@ -274,7 +273,7 @@ def train(s, device, corpus, model, ckpt, about):
             bar.set_postfix_str(f"loss {mean['nelbo']:.4f}, {speed:,.0f} tok/s")
             mean |= dict(lr=lr, tokens_per_second=speed, seconds=seconds)
             checkpoint.log(out, step=step, **mean)
-            val, stopping = math.inf, processes.any_of(stop, device)  # all stop at the same step
+            val = math.inf
             if due and RANK == 0:  # one process validates, the others wait
                 found = estimate_loss(used.eval(), corpus.val, s, device)
                 model.train()
@@ -282,7 +281,7 @@ def train(s, device, corpus, model, ckpt, about):
                 cli.refuse_nan([val], step, saved_at)
                 for figure, nats, error in found:
                     checkpoint.log(out, step=step, val=nats, val_error=error, kind=figure)
-                    unit = f"{corpus.tokenizer.unit}, perplexity {math.exp(nats):.2f}"
+                    unit = f"{corpus.tokenizer.unit}, perplexity {math.exp(min(nats, 700)):.4g}"
                     tqdm.write(f"step {step}: val {nats:.4f} ± {error:.4f} {unit} ({figure})")
             if due or stopping:
                 is_best, best, saved_at = val < best, min(val, best), step
@@ -308,7 +307,8 @@ def pretrained(s):
             other = s.tokenizer not in (None, s.init_from)
             refuse(other, f"--tokenizer is that of {s.init_from}; leave it out")
             s.tokenizer = s.init_from
-            return llama.from_pretrained(folder, s.seq_len or SMALL["seq_len"], **fields), None
+            L = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
+            return llama.from_pretrained(folder, L, **fields), None
         refuse(not (folder / "ckpt.pt").is_file(), f"--init_from {folder}: no LLaMA, no ARM there")
         ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
         refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")
@@ -327,28 +327,32 @@ def new_model(s, vocab_size):
 
 
 def main(argv=None):
-    given, ckpt, model = cli.parse(Settings, argv, __doc__, PRESETS), None, None
+    given, ckpt, model, held = cli.parse(Settings, argv, __doc__, PRESETS), None, None, None
     out = Path(given.get("out_dir", Settings.out_dir))
     given |= processes.join(given.get("device"))
     s = Settings(**given)
     if s.resume:
+        held = checkpoint.only_run(out)  # first, as a run that is just ending still saves
         ckpt, model = checkpoint.load(out / "last.pt", make_model)
         s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
-    elif s.init_from:
+    device = cli.pick_device(s.device)
+    s.device, s.preset = str(device), s.preset or ("base" if device.type == "cuda" else "small")
+    if s.init_from and not ckpt:
         cli.check(s)  # is it for this model?
         model, wanted = pretrained(s)
-    device = cli.pick_device(s.device)
-    s.device = str(device)
     settle(s, device, None if ckpt else model)
-    _held = checkpoint.only_run(out)  # a lock, as long as this process lives
+    held = held or checkpoint.only_run(out)  # a lock, as long as this process lives
     with processes.first_only():
         where = s.data, s.tokenizer, s.val_data, s.data_dir, s.text_len
         corpus = data.load(*where, s.out_dir, s.seq_len)
     s.data, tokenizer = corpus.name, corpus.tokenizer
+    refuse(not processes.agree(corpus.sha256), "the processes have different texts; see --data")
     changed = ckpt and ckpt["data_sha256"] != corpus.sha256
     refuse(changed, f"--data {s.data} is not the text that this run began with")
     other = not ckpt and model and tokenizer.state != (wanted or tokenizer.state)
     refuse(other, f"{s.init_from} has another vocabulary than --data {s.data}")
+    small = model and model.config.vocab_size < tokenizer.size
+    refuse(small, f"{s.init_from} has fewer embeddings than its tokenizer has tokens")
     model = model or new_model(s, tokenizer.size)
     about = dict(model_name=s.model, config=asdict(model.config), settings=asdict(s))
     about |= dict(tokenizer=tokenizer.state, data_sha256=corpus.sha256)

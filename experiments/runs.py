@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train_char
@@ -32,10 +31,9 @@ class Run:
         self.sha256, self.tokenizer = corpus.sha256, corpus.tokenizer
         other = self.sha256 != self.ckpt["data_sha256"]
         refuse(other, f"{out_dir} was not trained on --data {s.data} as it is now")
-        whole = len(corpus.val) // self.model.config.seq_len
-        n = min(whole, windows or whole)
-        starts = np.arange(n) * whole // n * self.model.config.seq_len
-        self.val = train_char.windows(corpus.val, starts, self.model.config.seq_len, device)
+        n, L = len(corpus.val), self.model.config.seq_len
+        starts = train_char.spread(n, L, windows or n)
+        self.val = train_char.windows(corpus.val, starts, L, device)
 
     def over_windows(self, f, *more):
         """f(model, x (B, L), generator, *more) -> (B, ..) for all windows: (N, ..)."""

@@ -1,6 +1,6 @@
 """
 How fast, and how good: tokens a second of every way to sample from trained models, beside what an
-ARM that was trained longer thinks of the texts, so that a faster sampler cannot hide a worse one.
+ARM of another seed thinks of the texts, so that a faster sampler cannot hide a worse one.
 
     python -m experiments.speed runs/arm runs/block runs/a3 --judge runs/judge
 
@@ -42,8 +42,8 @@ def tokens_a_second(model, batch, how, a):
     def once():
         began = time.perf_counter()
         model.sample(z, **how)
-        if str(a.device).startswith("cuda"):
-            torch.cuda.synchronize(a.device)
+        if torch.device(a.device).type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - began
 
     return once

@@ -36,6 +36,8 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())  # or a machine that stops now may have renamed an empty file
         os.replace(temporary, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
@@ -86,7 +88,9 @@ def load(path, make, device="cpu"):
     try:
         model = make(ckpt["model_name"], ckpt["config"])
         model.load_state_dict(ckpt["model"])
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as e:
+        if "alloc" in str(e):  # too little memory, which the file cannot help
+            raise
         raise wrong from None
     kind, vocab = ckpt["tokenizer"].get("kind"), ckpt["tokenizer"].get("vocab")
     fits = kind != "char" or len(vocab or ()) == model.config.vocab_size
@@ -114,7 +118,9 @@ def read(path):
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None
     except MemoryError:
         raise
-    except Exception:  # torch.load fails in many ways on a file that is something else
+    except Exception as e:  # torch.load fails in many ways on a file that is something else
+        if "alloc" in str(e):
+            raise
         raise UserError(f"{path} is damaged, cut off or not a checkpoint; train again") from None
 
 
@@ -208,16 +214,12 @@ def trim_log(out, step):
 
 
 def read_log(out):
-    """[header, row, ..]. A validation that a resumed run repeated counts once."""
+    """[header, row, ..]."""
     rows = rows_of(out)
     header = next((row for row in rows if isinstance(row.get("settings"), dict)), None)
     if header is None:
         raise UserError(f"{Path(out) / 'log.jsonl'} does not begin with the settings of a run")
-    found = {}
-    for number, row in enumerate(rows):
-        if "step" in row:
-            found[(row["step"], str(row.get("kind"))) if "val" in row else number] = row
-    return [header, *found.values()]
+    return [header, *(row for row in rows if "step" in row)]
 
 
 # ---- going on ------------------------------------------------------------------------------------

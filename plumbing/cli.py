@@ -69,7 +69,8 @@ def run(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: python script.py >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")  # a console may lack a character
+        with contextlib.suppress(AttributeError):  # Jupyter's
+            getattr(sys, name).reconfigure(errors="replace")  # a console may lack a character
     try:
         main()
         sys.stdout.flush()

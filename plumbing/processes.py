@@ -14,7 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from plumbing.cli import Stopped, UserError
+from plumbing.cli import Stopped, UserError, pick_device, refuse
 
 RANK, WORLD = 0, 1
 if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun sets all of them
@@ -30,6 +30,8 @@ def join(device_name):
     or {} if there are no others."""
     if WORLD == 1:
         return {}
+    device = device_name and pick_device(device_name).type
+    refuse(device == "mps", "--device mps is one process; several: cuda or cpu")
     cuda, here = torch.cuda.is_available() and device_name != "cpu", torch.cuda.device_count()
     if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > here:
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {here} GPUs here")
@@ -81,6 +83,14 @@ def any_of(flag, device):
     if WORLD == 1:
         return bool(flag)
     return mean(torch.tensor(float(bool(flag)), device=device)).item() > 0
+
+
+def agree(value):
+    """Whether all processes have the same."""
+    found = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(found, value)
+    return len(set(found)) == 1
 
 
 def average_gradients(model):

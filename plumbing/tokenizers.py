@@ -152,9 +152,10 @@ class HuggingFace:
             if Path(folder, "tokenizer_config.json").is_file():
                 about = json.loads(Path(folder, "tokenizer_config.json").read_text("utf-8"))
                 end = about.get("eos_token")
-        except (OSError, ValueError) as e:
+                end = end["content"] if isinstance(end, dict) else end
+        except (OSError, ValueError, AttributeError, KeyError) as e:
             raise UserError(f"--tokenizer {folder}: cannot read it ({e})") from None
-        return cls([text, end["content"] if isinstance(end, dict) else end])
+        return cls([text, end])
 
     def encode(self, text):
         """(L,)"""
@@ -172,11 +173,8 @@ class HuggingFace:
         """The text of each token: by what it adds to that of the few before it, as a character may
         need several tokens, and a word may begin with a space that is not in its token."""
         say = lambda a, b: self.bpe.decode(ids[a:b], skip_special_tokens=False)  # noqa: E731
-        pieces, before, shown = (
-            [],
-            0,
-            0,
-        )  # tokens 0 .. shown - 1 are; decode from a whole one before
+        # shown: how many tokens have their text; before: a place to decode from, at a whole one
+        pieces, before, shown = [], 0, 0
         for i in range(1, len(ids) + 1):
             text = say(before, i)
             whole = not text.endswith("\ufffd") or i == len(ids)

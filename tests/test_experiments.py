@@ -125,8 +125,8 @@ def test_table_and_curves(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_a_seed(tmp_path, monkeypatch, capsys):
-    """A validation that was repeated counts once; runs with other settings, data or parents are no
-    seeds of one another, nor is a run one of itself."""
+    """Runs with other settings, data or parents are no seeds of one another, nor is a run one of
+    itself."""
     monkeypatch.chdir(tmp_path)
 
     def names(*out_dirs):
@@ -134,7 +134,7 @@ def test_what_is_a_seed(tmp_path, monkeypatch, capsys):
         lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
         return [(name, seeds) for name, kind, seeds, *_ in lines if kind == "a"]
 
-    write_log("out/m_s1", [*ROWS, (2, 2.0, 0.1, "a"), (2, 5.0, 0.3, "b")])
+    write_log("out/m_s1", ROWS)
     assert names("out/m_s1") == [("out/m", "1")]
     write_log("out/m_s2", ROWS, lr=2)
     assert names("out/m_s1", "out/m_s2") == [("out/m_s1", "1"), ("out/m_s2", "1")]
@@ -498,6 +498,7 @@ def test_bench_trains_in_processes_of_their_own():
         (f"--batch_size {10**30}", "--batch_size must be below"),
         (f"--n_layer {10**9}", "--n_layer must be below"),
         ("--device nothing", "--device nothing"),
+        ("--batch_size 1 --what memory", "loa3 compares texts: --batch_size 2 at least"),
     ],
 )
 def test_mistakes_of_bench(argv, message):

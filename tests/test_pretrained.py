@@ -414,6 +414,23 @@ def test_a_vocabulary_with_room_for_more(speaking, monkeypatch, capsys):
     assert "0" in digits
 
 
+def test_more_tokens_than_embeddings_are_refused(speaking, monkeypatch):
+    monkeypatch.chdir(speaking[1])
+    shutil.copytree("model", "narrow", dirs_exist_ok=True)
+    random_model(vocab_size=20).save_pretrained("narrow")
+    with pytest.raises(UserError, match="narrow has fewer embeddings than its tokenizer"):
+        train("--init_from narrow --max_iters 1 --out_dir out_narrow")
+
+
+def test_a_llama_takes_the_context_of_the_preset(speaking, monkeypatch):
+    monkeypatch.chdir(speaking[1])
+    monkeypatch.setitem(train_char.PRESETS["base"], "seq_len", 24)
+    flags = "--model a3 --data text.txt --data_dir tokens --device cpu --num_samples 0"
+    flags += " --init_from model --max_iters 1 --out_dir out_preset --batch_size 2 --preset base"
+    train_char.main(flags.split())
+    assert log("out_preset")[0]["settings"]["seq_len"] == 24
+
+
 @pytest.mark.parametrize("package", ["tokenizers", "safetensors"])
 def test_a_missing_package_is_one_line(speaking, monkeypatch, package):
     monkeypatch.chdir(speaking[1])
@@ -517,10 +534,18 @@ def test_a_damaged_tokenizer_is_one_line(vocab):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_file_of_the_tokenizer_is_one_line(speaking, tmp_path, name):
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": {}}'),
+    ],
+)
+def test_a_damaged_file_of_the_tokenizer_is_one_line(speaking, tmp_path, name, text):
     shutil.copytree(speaking[1] / "model", tmp_path, dirs_exist_ok=True)
-    (tmp_path / name).write_text("{")
+    (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as e:
         HuggingFace.at(tmp_path)
     assert "\n" not in str(e.value)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from plumbing import processes
+from plumbing.cli import UserError
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -157,9 +158,16 @@ def test_one_process_meets_nobody(monkeypatch):
     model(torch.ones(1, 2)).backward()
     processes.average_gradients(model)
     assert model.weight.grad.tolist() == [[1, 1]]
-    assert processes.mean(torch.tensor([3.0])).tolist() == [3]
+    assert processes.mean(torch.tensor([3.0])).tolist() == [3] and processes.agree("alone")
     assert processes.any_of(True, "cpu") is True and processes.any_of([], "cpu") is False
     processes.leave()
+
+
+@pytest.mark.parametrize("device,says", [("banana", "none that torch knows"), ("cuda:99", "none")])
+def test_several_processes_take_no_other_device(monkeypatch, device, says):
+    monkeypatch.setattr(processes, "WORLD", 2)
+    with pytest.raises(UserError, match=f"--device {device} .*{says}"):
+        processes.join(device)
 
 
 MODEL = """
@@ -187,6 +195,7 @@ model.to(device)
 loss(x[processes.RANK::2].to(device)).backward()
 processes.average_gradients(model)
 same = processes.mean(torch.tensor([1.0 + 2 * processes.RANK], device=device))
+assert processes.agree("all") and not processes.agree(processes.RANK)
 flags = [processes.any_of(f, device) for f in ([2] * processes.RANK, [], True)]
 torch.save(dict(
     grads={n: p.grad for n, p in model.named_parameters()}, mean=same.tolist(), flags=flags

@@ -45,6 +45,7 @@ def trained(tmp_path_factory):
         (["--out_dir", "a3", "--drafts", "2", "--per_step", "2"], "drafts must be 1, or more by"),
         (["--html", "x/ckpt.pt"], "take another name"),
         (["--html", "x", "--svg", "x"], "take another name"),
+        (["--html", "x", "--svg", "./x"], "take another name"),
         (["--out_dir", "a3", "--by", "order"], "'order' only if learned"),
         (["--top_p", "1.5"], "--top_p must be at most 1"),
         (["--infill", "to be"], "needs a gap"),
