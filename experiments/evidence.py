@@ -6,7 +6,6 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence bounds runs/lomdm runs/mdm           both bounds, differences
     python -m experiments.evidence order runs/lomdm --svg order.svg     weights by character class
     python -m experiments.evidence passage runs/lomdm --svg p.svg       a text coloured by weights
-    python -m experiments.evidence position runs/loa3 --svg p.svg       weights by position
     python -m experiments.evidence rows runs/automaton                  films: is time found?
     python -m experiments.evidence films runs/automaton                 are its films right?
     python -m experiments.evidence strips runs/mdm runs/lomdm           one text being written
@@ -74,9 +73,10 @@ def point(x, v):
     return x, mean, 0.0 if math.isnan(error) else error
 
 
-def draw(a, *chart):
+def draw(a, series, *labels):
     if a.svg:
-        pictures.write(a.svg, pictures.chart(*chart))
+        series = {os.path.basename(name): points for name, points in series.items()}
+        pictures.write(a.svg, pictures.chart(series, *labels))
 
 
 # ---- logs ----------------------------------------------------------------------------------------
@@ -186,14 +186,19 @@ def fraction(a):
     draw(a, series, "share already revealed", "nats at the next position")
 
 
-def gap_cost(model, x, g, gap):
-    """An upper bound (B,) on -log p(the gap (L,) bool of x (B, L) | the rest), nats. A3: exact for
-    the order that is drawn, the given first. Others: as sample() does it, each block races in its
-    own part of the gap, and what is in later blocks is not seen. For an ARM that is exact."""
+def gap_cost(model, x, g, gap, by=None):
+    """An upper bound (B,) on -log p(the gap (L,) bool of x (B, L) | the rest), nats. A3: exact in
+    the order by "left", in which sample() reads what is given, then fills the gap; by "random",
+    both in random order; by "before", from left to right without what is after the gap. Others: as
+    sample() does it, each block races in its own part of the gap, and what is in later blocks is
+    not seen. For an ARM that is exact."""
     if isinstance(model, a3.A3):
-        place = torch.rand(x.shape, generator=g, device=x.device) + 2.0 * gap
-        groups = place.argsort(1).argsort(1)
-        return -(model.log_prob(x, groups) * gap).sum(1)
+        place = torch.arange(x.shape[1], device=x.device).expand_as(x)
+        if by == "random":
+            place = torch.rand(x.shape, generator=g, device=x.device)
+        if by != "before":
+            place = place + x.shape[1] * gap
+        return -(model.log_prob(x, place.argsort(1).argsort(1)) * gap).sum(1)
     K = model.config.block_len
     size = gap.view(-1, K).sum(-1)  # (n,): how much of each block is in the gap
     steps = math.lcm(*size[size > 0].tolist())  # so that k is uniform on {0 .. size - 1}
@@ -211,10 +216,14 @@ def infill(a):
         at = torch.arange(L, device=a.device)
         gap = (at >= 3 * L // 8) & (at < 5 * L // 8)
         n = gap.sum().item()
-        nats = run.over_windows(gap_cost, gap) / n
-        exact = isinstance(run.model, a3.A3) or run.model.config.block_len == 1
-        what = "exact" if exact else "bound"
-        print(f"{run.name:16} {shown(nats)} nats per token in gaps of {n} ({what})")
+        name, what = os.path.basename(run.name), {"random": "mean over orders"}
+        ways = ("left", "random", "before") if isinstance(run.model, a3.A3) else ("",)
+        if ways == ("",) and run.model.config.block_len > 1:
+            what[""] = "bound"
+        for by in ways:
+            nats = run.over_windows(gap_cost, gap, by) / n
+            nats, kind = shown(nats), what.get(by, "exact")
+            print(f"{name:14} {by:7} {nats} nats per token in gaps of {n} ({kind})")
 
 
 # ---- the order -----------------------------------------------------------------------------------
@@ -228,16 +237,21 @@ CLASSES = {
 }
 
 
+def share_after(model, x, g):
+    """How much of its block comes after each position, mean of 16 races: (B, L)."""
+    s = log_weights(model, x).view(-1, getattr(model.config, "block_len", x.shape[1]))
+    arrival = sum(a3.race(s, g).argsort(1) for _ in range(16)) / 16  # (B * n, K)
+    return 1 - arrival.view_as(x) / max(1, s.shape[1] - 1)
+
+
 def order(a):
     """How much of the text, or of its block, comes after a character, by class: 1 is first, 0 last.
-    If orders were random, all would be .5. Errors are over windows."""
+    If orders were random, all would be .5. Mean of 16 races a window; errors are over windows."""
     series = {}
     for out_dir in a.out_dirs:
         run = load(out_dir, a)
         require_order(run)
-        s = run.over_windows(log_weights)  # (N, L)
-        s = s.unflatten(1, (-1, getattr(run.model.config, "block_len", s.shape[1])))
-        after = (s.argsort(2).argsort(2) / max(1, s.shape[2] - 1)).flatten(1)  # in its block
+        after = run.over_windows(share_after)
         first = [t[:1] for t in run.tokenizer.pieces(range(run.tokenizer.size))]
         points = {}
         for i, (name, belongs) in enumerate(CLASSES.items()):
@@ -249,20 +263,6 @@ def order(a):
         series[run.name] = list(points.values())
         print(run.name, ", ".join(f"{n} {y:.3f} ± {e:.3f}" for n, (_, y, e) in points.items()))
     draw(a, series, "", "share of the text that comes later", list(CLASSES))
-
-
-def position(a):
-    """Mean log-weight at each position, less that of the window: large is revealed early."""
-    series = {}
-    for out_dir in a.out_dirs:
-        run = load(out_dir, a)
-        require_order(run)
-        s = run.over_windows(log_weights)  # (N, L)
-        s = s - s.mean(1, keepdim=True)
-        points = series[run.name] = [point(i, s[:, i]) for i in range(s.shape[1])]
-        shown = [f"{i}: {y:.2f} ± {e:.2f}" for i, y, e in points[:: max(1, len(points) // 16)]]
-        print(run.name, " ".join(shown))
-    draw(a, series, "position", "log-weight - mean")
 
 
 def rows(a):
@@ -448,11 +448,12 @@ def variance(a):
 
 
 def noise_of(model, x, draws):
-    """The losses of so many draws, and the noise of their gradient."""
+    """The losses of so many draws, and the noise of their gradient. Texts change places, as times
+    rise from the first to the last: all are to meet all times."""
     torch.manual_seed(4)
     losses, total, square = [], 0, 0
     for _ in range(draws):
-        loss, metrics = model.loss(x)
+        loss, metrics = model.loss(x[torch.randperm(len(x))])
         g = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
         g = torch.cat([p.flatten().cpu().double() for p in g])  # (parameters,)
         losses.append(metrics["nelbo"].item())
@@ -484,7 +485,6 @@ COMMANDS = {  # what each takes besides out_dirs
     bounds: OF_MODELS,
     order: ("svg", *OF_MODELS),
     passage: ("svg", *OF_MODELS),
-    position: ("svg", *OF_MODELS),
     rows: OF_MODELS,
     films: ("samples", *OF_MODELS),
     strips: ("text", "seed", *OF_MODELS),

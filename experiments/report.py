@@ -25,7 +25,8 @@ NOT_YET = "(not there yet)"
 LABELS = {
     "arm": "ARM", "mdm": "MDM", "block4": "block diffusion, 4", "block16": "block diffusion, 16",
     "block17": "block diffusion, 17: a line", "lomdm": "LoMDM", "lomdm_exp": "LoMDM, exp weights",
-    "lomdm_frozen": "LoMDM, order frozen", "a3": "A3", "loa3": "LoA3",
+    "lomdm_frozen": "LoMDM, order frozen", "mdm_32": "MDM, twice the windows",
+    "a3": "A3", "loa3": "LoA3",
     "share01": "LoA3, `--random_share 0.1`", "share03": "LoA3, `--random_share 0.3`",
     "stages": "A3 from the ARM, three stages", "stage3": "A3 from the ARM, stage 3 only",
     "vector": "A3, queries of one vector",
@@ -36,7 +37,7 @@ LABELS = {
 
 def label(name):
     """For a reader. Prefixes go, as each has a table of its own."""
-    name = re.sub("^(film|both|long|base|gpt2)_", "", name)
+    name = re.sub("^((fresh|film|both|long|base|gpt2)_)+", "", name)
     longer = name not in LABELS and name.endswith("_time")
     base = name.removesuffix("_time") if longer else name
     return LABELS.get(base, base) + (", equal time" if longer else "")
@@ -61,6 +62,13 @@ def logs(name):
     return [(header, [row for row in rows if "val" in row]) for header, *rows in found]
 
 
+def seconds(name):
+    """Of training, in the fastest of the seeds, as others had to share the machine."""
+    done = [item for item in seeds(name) if run_all.state(item) == "done"]
+    rows = (checkpoint.read_log(run_all.LOGS / item.name)[1:] for item in done)
+    return f"{min(max(row.get('seconds', 0) for row in some) for some in rows):.0f}"
+
+
 def best(name):
     """{kind: {seed: (value, error over windows)}}, at the step where the first kind is lowest."""
     found = defaultdict(dict)
@@ -73,10 +81,13 @@ def best(name):
     return found
 
 
-def first(name):
-    """The first kind, and {seed: value} of it."""
-    kind, found = next(iter(best(name).items()), ("", {}))
-    return kind, {seed: value for seed, (value, _) in found.items()}
+def figure(name, word=""):
+    """The kind that has this word, the first one if none is given, and {seed: value} of it."""
+    found = best(name)
+    kinds = [kind for kind in found if word.replace("_", " ") in kind]
+    refuse(found and not kinds, f"page.md: {name} has no figure {word}, but {', '.join(found)}")
+    kind = kinds[0] if kinds else ""
+    return kind, {seed: value for seed, (value, _) in found[kind].items()}
 
 
 def mean_error(values):
@@ -99,28 +110,31 @@ def losses(*names):
     """A table of validation figures. A word such as x68 multiplies them all: tokens a text."""
     times = math.prod(int(word[1:]) for word in names if re.fullmatch(r"x\d+", word))
     unit = "nats a text" if times > 1 else "nats per token"
-    head = "model", "steps x batch", f"{unit} ± seeds", "seeds", "± windows", "what it is"
-    out = [row(*head), "|---" * 6 + "|"]
+    head = "model", "steps x batch", "seconds", f"{unit} ± seeds", "seeds", "± windows"
+    out = [row(*head, "what it is"), "|---" * 7 + "|"]
     for name in names:
         if re.fullmatch(r"x\d+", name):
             continue
         for kind, found in best(name).items() or [(NOT_YET, {})]:
             if not found:
-                out.append(row(label(name), "", "", 0, "", kind))
+                out.append(row(label(name), "", "", "", 0, "", kind))
                 continue
             s, values = logs(name)[0][0]["settings"], [times * value for value, _ in found.values()]
             size = f"{s['max_iters']:,} x {s['batch_size']}"
             size += ", twice" if s["model"].startswith("lomdm") else ""
             windows = times * statistics.mean(error for _, error in found.values())
-            out.append(row(label(name), size, shown(values), len(values), f"{windows:.4f}", kind))
+            cells = label(name), size, seconds(name), shown(values), len(values), f"{windows:.4f}"
+            out.append(row(*cells, kind))
     return "\n".join(out)
 
 
 def pairs(*names):
-    """A table of differences, seed by seed, both on the same windows: a-b is what a costs more."""
+    """A table of differences, seed by seed, both on the same windows: a-b is what a costs more, by
+    their first figures; left:a-b by those that have the word left."""
     out = [row("", "nats per token ± seeds", "seeds", "what they are"), "|---" * 4 + "|"]
     for pair in names:
-        (one, a), (other, b) = (first(name) for name in pair.split("-"))
+        word, _, pair = pair.rpartition(":")
+        (one, a), (other, b) = (figure(name, word) for name in pair.split("-"))
         less = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
         kind = f"{one} − {other}" if one != other else one
         what = row(shown(less, "+") if less else "", len(less), kind if less else NOT_YET)
@@ -128,17 +142,15 @@ def pairs(*names):
     return "\n".join(out)
 
 
-def nats(name, kind="", times="1"):
+def nats(name, word="", times="1"):
     """Inline: the figure whose kind has this word, the first one if none is given."""
-    found = best(name)
-    kinds = [k for k in found if kind.replace("_", " ") in k]
-    refuse(found and not kinds, f"page.md: {name} has no figure {kind}, but {', '.join(found)}")
-    return shown([int(times) * v for v, _ in found[kinds[0]].values()]) if found else NOT_YET
+    values = figure(name, word)[1].values()
+    return shown([int(times) * value for value in values]) if values else NOT_YET
 
 
 def each(name, times="1"):
     """Inline: the first figure of every seed."""
-    values = first(name)[1].values()
+    values = figure(name)[1].values()
     return ", ".join(f"{int(times) * value:.4f}" for value in values) or NOT_YET
 
 
@@ -255,7 +267,9 @@ def scaling(picture):
         for name, (slope, error, at_0) in laws.items():
             steeper = laws["arm"][0] - slope
             x = (at_0 - laws["arm"][2]) / steeper if steeper > 0 else math.inf
-            where = "" if name == "arm" else f"10^{x:.0f} FLOP" if x < 100 else "never"
+            where = f"10^{x:.0f} FLOP" if x < 100 else "never"
+            unsure = abs(steeper) < 2 * math.hypot(error, laws["arm"][1])
+            where = "" if name == "arm" else where + (", but see the errors" if unsure else "")
             out.append(row(label(name), f"{slope:+.4f} ± {error:.4f}", where, kinds[name]))
     series = {label(name): [(x, 10**y, 0.0) for x, y in found] for name, found in points.items()}
     words = "compute, powers of ten of FLOP", "nats per token, validation"
@@ -281,7 +295,8 @@ def page():
     missing = [s.partition("\n")[0].lstrip("# ") for s in sections if NOT_YET in s]
     if missing:
         names = "; ".join(f"*{name}*" for name in missing)
-        what = f"`python -m experiments.run_all --list` says what is left to be made for: {names}"
+        how = "`python -m experiments.run_all --list`, with `--device cuda` for a GPU,"
+        what = f"{how} says what is left to be made for: {names}"
         sections.append(f"# Not there yet\n\n{what}\n")
     return "".join(s for s in sections if NOT_YET not in s)
 

@@ -39,6 +39,8 @@ CPU = "--device cpu --dtype bfloat16 --compile --log_interval 100 --num_samples 
 SMALL = f"{CPU} --max_iters 3000 --eval_interval 500"
 A3, FROM = "--model a3 --shares 0,0,1", "--init_from runs/arm_s{seed}"
 FILM = CPU.replace("bfloat16", "float32") + " --n_layer 3 --n_embd 64"  # where that is faster
+FILMS = "--data automaton --max_iters 1000 --eval_interval 250"
+SEEDS = range(1, 4)
 SMOL = (
     f"--device cpu --dtype bfloat16 --log_interval 20 --num_samples 0 --data {WIKITEXT}/valid.txt "
     f"--val_data {WIKITEXT}/test.txt --batch_size 8 --seq_len 64 --weight_decay 0.01 "
@@ -49,36 +51,43 @@ SIZES = ((2, 96), (3, 128), (4, 160), (5, 208), (6, 256))  # n_layer, n_embd
 FIVE = {"arm": ("--model arm", 35), "mdm": ("--model mdm", 35), "lomdm": ("--model lomdm", 90),
         "a3": (A3, 54), "loa3": ("--model loa3", 54)}  # fmt: skip
 GROUPS = [  # flags of all, seeds, {name: (its flags, about how many seconds it takes)}
-    (SMALL, 3, {
+    (SMALL, SEEDS, {
         "arm": ("--model arm", 200), "mdm": ("--model mdm", 200),
         "block4": ("--model block --block_len 4", 330), "block16": ("--model block", 330),
         "lomdm": ("--model lomdm", 500), "lomdm_exp": ("--model lomdm --weights exp", 500),
         "a3": (A3, 300), "loa3": ("--model loa3", 300),
         "lomdm_frozen": ("--model lomdm --c2 0", 500),
+        "mdm_32": ("--model mdm --batch_size 32", 350),
     }),
-    (f"{FILM} --batch_size 64 --data automaton --max_iters 1000 --eval_interval 250", 3, {
+    (f"{FILM} --batch_size 64 {FILMS}", SEEDS, {
         "film_arm": ("--model arm", 100), "film_mdm": ("--model mdm", 100),
         "film_block17": ("--model block --block_len 17", 160), "film_a3": (A3, 160),
         "film_loa3": ("--model loa3", 160),
     }),
-    (f"{FILM} --batch_size 32 --data automaton --max_iters 1000 --eval_interval 250", 3, {
+    (f"{FILM} --batch_size 32 {FILMS}", SEEDS, {
         "film_lomdm": ("--model lomdm", 130),
         "film_lomdm_exp": ("--model lomdm --weights exp", 130),
     }),
-    (f"{FILM} --batch_size 64 --data automaton-both --max_iters 3000 --eval_interval 1000", 3, {
+    (f"{FILM} --batch_size 64 --data automaton-both --max_iters 3000 --eval_interval 1000", SEEDS, {
         "both_arm": ("--model arm", 300), "both_loa3": ("--model loa3", 500),
     }),
-    (f"{LONG} --eval_interval 1000", 1, {
+    (f"{LONG} --eval_interval 1000", SEEDS[:1], {
         "long_loa3": ("--model loa3 --random_share 0.2", 1600), "long_arm": ("--model arm", 900),
     }),
-    (f"{CPU} --eval_interval 250", 3, {  # as long as the ARM and MDM take for 3,000 steps
+    (SMALL, range(11, 14), {  # seeds that the rules of LoA3's order were not chosen with
+        "fresh_loa3": ("--model loa3", 300),
+    }),
+    (f"{FILM} --batch_size 64 {FILMS}", range(11, 14), {
+        "fresh_film_loa3": ("--model loa3", 160),
+    }),
+    (f"{CPU} --eval_interval 250", SEEDS, {  # as long as the ARM and MDM take for 3,000 steps
         "block4_time": ("--model block --block_len 4 --max_iters 1400", 175),
         "block16_time": ("--model block --max_iters 1400", 175),
         "lomdm_time": ("--model lomdm --max_iters 950", 175),
         "a3_time": (f"{A3} --max_iters 1500", 175),
         "loa3_time": ("--model loa3 --max_iters 1500", 175),
     }),
-    (SMALL, 2, {
+    (SMALL, SEEDS[:2], {
         "share01": ("--model loa3 --random_share 0.1", 300),
         "share03": ("--model loa3 --random_share 0.3", 300),
         "stages": (f"--model a3 {FROM}", 300), "stage3": (f"{A3} {FROM}", 300),
@@ -87,12 +96,12 @@ GROUPS = [  # flags of all, seeds, {name: (its flags, about how many seconds it 
         "mdm_by_time": ("--model mdm-by-time", 200),
         "lomdm_by_time": ("--model lomdm-by-time", 500),
     }),
-    (f"{CPU} --max_iters 600 --eval_interval 300", 1, {
+    (f"{CPU} --max_iters 600 --eval_interval 300", SEEDS[:1], {
         f"{name}_{n_layer}x{n_embd}": (f"{flags} --n_layer {n_layer} --n_embd {n_embd}",
                                        seconds * n_layer * n_embd**2 / 65536)
         for n_layer, n_embd in SIZES for name, (flags, seconds) in FIVE.items()
     }),
-    (f"{A3} --init_from {LLAMA} {SMOL}", 1, {
+    (f"{A3} --init_from {LLAMA} {SMOL}", SEEDS[:1], {
         "smol0": ("--max_iters 1 --learning_rate 1e-12", 90),  # as it was
         "smol": ("--max_iters 240 --learning_rate 2e-4 --warmup_iters 10", 1500),
     }),
@@ -110,7 +119,6 @@ MEASURES = {  # name: (command, about how many seconds)
     "films": (f"evidence films {of('film_loa3 both_loa3', (1, 2, 3))}", 60),
     "bounds": (f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}", 120),
     "order": (f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg", 60),
-    "position": (f"evidence position {of('loa3')} --svg {PICTURES}/position.svg", 30),
     "passage": (f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg", 9),
     "orders": (f"evidence passage {of('loa3 film_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
                9),
@@ -147,10 +155,10 @@ ALONE = {  # the same, while nothing else runs
 # ---- the same, on a GPU --------------------------------------------------------------------------
 BASE = "--preset base --device cuda --log_interval 100 --num_samples 0"
 CUDA_GROUPS = [
-    (BASE, 3, {f"base_{name}": (flags, 240) for name, (flags, _) in FIVE.items()}),
+    (BASE, SEEDS, {f"base_{name}": (flags, 240) for name, (flags, _) in FIVE.items()}),
     (f"--preset gpt2 --device cuda --data {WIKITEXT}/valid.txt --val_data {WIKITEXT}/test.txt "
      "--tokenizer gpt2 --batch_size 8 --gradient_accumulation_steps 4 --max_iters 300 "
-     "--eval_interval 100 --log_interval 100 --num_samples 0", 1,
+     "--eval_interval 100 --log_interval 100 --num_samples 0", SEEDS[:1],
      {f"gpt2_{name}": (flags, 120) for name, (flags, _) in FIVE.items()}),
 ]  # fmt: skip
 CUDA_ALONE = {
@@ -168,7 +176,7 @@ Item = namedtuple("Item", "name argv seconds alone")
 def items(cuda):
     """All there is to do, in this order: runs, measurements, measurements that must be alone."""
     for flags, seeds, runs in CUDA_GROUPS if cuda else GROUPS:
-        for seed in range(1, seeds + 1):
+        for seed in seeds:
             for name, (own, seconds) in runs.items():
                 words = f"train_char.py {own} {flags} --seed {seed}".format(seed=seed)
                 name = f"{name}_s{seed}"
@@ -279,7 +287,8 @@ def ready(item, left, running):
 
 
 def do(left, workers, deadline, cuda):
-    """All of `left`, so many at a time. Returns the names of those that failed, or need them."""
+    """All of `left`, so many at a time. Returns the names of those that failed, or need them, and
+    the signal that stopped it, if one did."""
     running, failed, machine = {}, [], hardware(cuda)
     threads = None if cuda else max(1, os.cpu_count() // workers)
     with processes.stop_signals() as stop:
@@ -313,7 +322,7 @@ def do(left, workers, deadline, cuda):
                 process.terminate()
             for process in running.values():
                 process.wait()
-    return failed
+    return failed, stop
 
 
 def parse(argv):
@@ -328,6 +337,7 @@ def parse(argv):
         a.workers = 3 if a.device == "cuda" else os.cpu_count()
     cli.check_range("workers", a.workers, 1, 2**10)
     cli.check_range("minutes", a.minutes, 0, None)
+    refuse(a.only == "", "--only is empty")
     return a
 
 
@@ -356,11 +366,13 @@ def main(argv=None):
     RUNS.mkdir(exist_ok=True)
     held = checkpoint.lock(RUNS / ".lock", wait=False)
     refuse(held is None, "another run_all is at work here")
-    failed = do(left, a.workers, time.time() + 60 * a.minutes, a.device == "cuda")
+    failed, stop = do(left, a.workers, time.time() + 60 * a.minutes, a.device == "cuda")
     report.main([])
     refuse(failed, f"failed: {', '.join(failed)}")
     if more := to_do(chosen, everything):
         print(f"{len(more)} left; the same command goes on")
+    if stop:
+        raise cli.Stopped("stopped", *stop)
 
 
 if __name__ == "__main__":

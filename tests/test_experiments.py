@@ -221,11 +221,36 @@ def test_costs_by_share_add_up(float64, kind):
 
 
 def test_a_gap_in_a3_is_exact(float64):
-    """In one layer no order of what is given shows: as if it were one group before the gap."""
-    model, x = random_a3(6), torch.tensor([[0, 2, 1, 1, 2, 0]])
-    gap = torch.arange(6) == 3
-    want = -model.log_prob(x, torch.where(gap, 0, -1)[None]).sum()
-    torch.testing.assert_close(evidence.gap_cost(model, x, None, gap)[0], want)
+    """By "left" what is given comes first, then the gap, both from left to right; by "before" the
+    gap does not see what follows; by "random" the costs of all 2! x 4! orders have that mean."""
+    model, x, gap = random_a3(6), torch.tensor([[0, 2, 1, 1, 2, 0]]), torch.arange(6) // 2 == 1
+
+    def cost(order):
+        return -model.log_prob(x, torch.tensor([order]).argsort(1))[0, gap].sum()
+
+    with torch.no_grad():
+        for by, order in (("left", (0, 1, 4, 5, 2, 3)), ("before", (0, 1, 2, 3, 4, 5))):
+            torch.testing.assert_close(evidence.gap_cost(model, x, None, gap, by)[0], cost(order))
+        given, hidden = itertools.permutations((0, 1, 4, 5)), itertools.permutations((2, 3))
+        costs = [cost(one + other) for one, other in itertools.product(given, hidden)]
+        g = torch.Generator().manual_seed(1)
+        drawn = evidence.gap_cost(model, x.expand(4000, 6), g, gap, "random")
+    want, spread = torch.stack(costs).mean(), torch.stack(costs).std()
+    assert abs(drawn.mean() - want) < 4 * spread / 4000**0.5 < 0.1 * spread
+
+
+def test_share_after(float64):
+    """What comes after i is what i beats: each j with probability w_i / (w_i + w_j)."""
+    torch.manual_seed(0)
+    model = random_model(lomdm.LoMDM, 3, 6, block_len=3, learn_order=True, weights="exp")
+    x, g = torch.tensor([[0, 2, 1, 1, 2, 0]]), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        w = model.order_weights(x).view(2, 3)
+        wins = w[:, :, None] / (w[:, :, None] + w[:, None])  # (2, 3, 3), 1/2 against itself
+        got = evidence.share_after(model, x.expand(2000, 6), g).mean(0)
+    want = ((wins.sum(2) - 0.5) / 2).flatten()
+    assert want.std() > 0.1  # and that says something
+    torch.testing.assert_close(got, want, atol=0.01, rtol=0)
 
 
 def test_without_order():
@@ -319,16 +344,15 @@ def test_speed(runs, monkeypatch, capsys):
     "argv,says",
     [
         ("fraction mdm lomdm a3 loa3 --svg f.svg", "loa3 0.0: "),
-        ("position lomdm loa3 --svg w.svg", "loa3 0: "),
         ("order loa3", "space 0."),
         ("passage loa3", "--- sample 1"),
-        ("infill loa3", "in gaps of 4 (exact)"),
+        ("infill loa3", "in gaps of 4 (mean over orders)"),
         ("order lomdm blocks --svg o.svg", "line end 0."),
         ("passage lomdm blocks --svg p.svg", "--- sample 1"),
         ("samples lomdm mdm --judge arm --samples 4", "mdm              uniform      16"),
         ("samples blocks by_time --samples 1", "by_time          learned      16"),
         ("infill a3 lomdm mdm blocks", "in gaps of 4 (bound)"),
-        ("infill arm --windows 1", "arm              2."),
+        ("infill arm --windows 1", "arm                    2."),
         ("variance mdm lomdm by_time --draws 3", "times   loss"),
         ("decoders mdm blocks arm a3 loa3 --windows 3", "order "),
         ("table a3 by_time", "exact, random groups of 4       1"),
@@ -372,20 +396,25 @@ def test_variance_is_of_the_same_weights(runs, monkeypatch):
             assert torch.equal(p, model.state_dict()[name])
 
 
+class Known(torch.nn.Module):
+    """Its gradient is that of the first text, and noise of these variances."""
+
+    def __init__(self, *variances):
+        super().__init__()
+        self.p, self.spread = torch.nn.Parameter(torch.ones(2)), torch.tensor(variances).sqrt()
+
+    def loss(self, x):
+        g = x[0] + torch.randn(2) * self.spread
+        return g @ self.p, {"nelbo": g.sum()}
+
+
 def test_noise_of_a_known_gradient():
-    """With the mean (3, 0) and the variances 1 and 2 it is 3 / 9."""
-
-    class Known(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.p = torch.nn.Parameter(torch.ones(2))
-
-        def loss(self, x):
-            g = torch.tensor([3.0, 0.0]) + torch.randn(2) * torch.tensor([1.0, 2**0.5])
-            return g @ self.p, {"nelbo": g.sum()}
-
-    losses, noise = evidence.noise_of(Known(), None, 10_000)
+    """With the mean (3, 0) and the variances 1 and 2 it is 3 / 9. And a text that is always first
+    does not count more: (2, 0) or (0, 2) is (1, 1) and, squared, 2 of noise."""
+    losses, noise = evidence.noise_of(Known(1.0, 2.0), torch.tensor([[3.0, 0.0]] * 2), 10_000)
     assert len(losses) == 10_000 and noise == pytest.approx(3 / 9, rel=0.05)
+    _, noise = evidence.noise_of(Known(0.0, 0.0), torch.tensor([[2.0, 0.0], [0.0, 2.0]]), 10_000)
+    assert noise == pytest.approx(2 / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(
