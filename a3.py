@@ -22,17 +22,17 @@ prompt. Everything is in nats.
         content h_i  sees the content of groups <= its own     (knows x_i)
         query   q_i  sees the content of groups <  its own     (knows i, not x_i)
     and p(x_i | ..) = softmax(W q_i). Nobody sees a query; all see a start token before the text.
-    An ARM predicts token i from the slot of token i - 1. So does a query: it stands there, and
-    begins as that token's embedding if it may see it. Left to right it then is the ARM's own state.
+    The start token is in slot 0, token i in slot i + 1. As in an ARM, q_i stands in slot i: token
+    i - 1 is there, and q_i begins as its embedding if it may see it. Left to right that is the ARM.
 
 (3) Sort the tokens by group, each with its position. The text a b c d with groups 1 0 2 0:
-                     start  b  d  a  c                        start  b  d  a  c
-        content  b     #    #  #              query  b          #
-                 d     #    #  #                     d          #
-                 a     #    #  #  #                  a          #    #  #
-                 c     #    #  #  #  #               c          #    #  #  #
-    Leave out the last token, c, whose content nobody needs. With one token a group, what the two
-    streams see is then exactly a GPT's causal mask, and no mask is built.      -> A3.features()
+                        start  b  d  a                        start  b  d  a
+        content  start    #                          query  b   #
+                 b        #    #  #                         d   #
+                 d        #    #  #                         a   #    #  #
+                 a        #    #  #  #                      c   #    #  #  #
+    The content of the last token, c, is left out: nobody needs it. With one token a group, both
+    tables are exactly a GPT's causal mask, and no mask is built.               -> A3.features()
 
 (4) The cache. What content i sees is settled when i is committed, so its keys and values never
     change. A group costs one call: content of the last one, queries for the next.  -> A3.step()
@@ -50,7 +50,7 @@ prompt. Everything is in nats.
         p(x) = sum_order q_hat(order) prod_k p(x_{order_k} | x_{order_<k})
         -log p(x) <= E_q sum_k [ -log p(x_{order_k} | x_{order_<k})                            recon
                     + log q(order_k | .., x) - log q_hat(order_k | ..) ]  order     -> order_loss()
-    With q and q_hat uniform it is (1) for random orders, with infinitely steep weights the ARM.
+    With q and q_hat uniform it is (1) for random orders; with all on left to right, the ARM.
 """
 
 import math
@@ -152,7 +152,7 @@ class Linear(nn.Linear):
         W, bias = self.weight[part], None if self.bias is None else self.bias[part]
         if h.device.type != "cpu" or h.numel() > 8 * self.in_features or len(W) % 2:
             return F.linear(h, W, bias)
-        rows = h.reshape(-1, self.in_features).T.expand(2, -1, -1)
+        rows = h.reshape(-1, self.in_features).T.expand(2, -1, -1)  # (2, in, rows)
         y = torch.bmm(W.view(2, -1, self.in_features), rows).flatten(0, 1).T  # (rows, out)
         return (y if bias is None else y + bias).reshape(*h.shape[:-1], len(W))
 
@@ -285,8 +285,8 @@ class A3(nn.Module):
         tokens = F.pad(x.gather(1, order)[:, :-1], (1, 0), value=self.start_id)  # (B, L)
         slots = F.pad(order[:, :-1] + 1, (1, 0))
         single = bool((rank[:, 1:] > rank[:, :-1]).all()) if single is None else single
-        before, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
-        sees = (causal, causal) if single else who_sees(before, before, rank)
+        keys, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
+        sees = (causal, causal) if single else who_sees(keys, keys, rank)
         h = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
         return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h))
 
@@ -343,7 +343,7 @@ class A3(nn.Module):
         return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
 
     def given(self, x, groups):
-        """Start token and given tokens, as read: tokens, slots, ranks (B, 1 + n), L if none."""
+        """Start token, then given ones: tokens, slots, ranks (B, 1 + n). Rank L: nobody sees it."""
         n, L = int((groups < 0).sum(1).max()), x.shape[1]
         rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
         tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
@@ -390,7 +390,7 @@ class A3(nn.Module):
         `drafts` tokens are drawn at once, blind to each other, from q. The next call commits them
         and predicts each from those before it, p. The first is sure. Any other is accepted with
         probability min(1, p / q); the first that is not is drawn anew from max(0, p - q), the rest
-        forgotten. That is a draw from p, whatever q is. As queries may look at any number of
+        get rank L. That is a draw from p, whatever q is. As queries may look at any number of
         tokens, the same call drafts for whatever will be accepted. Returns x and how many calls."""
         self.check(x, groups)
         (B, L), k, V = x.shape, min(drafts, x.shape[1]), self.config.vocab_size
@@ -409,7 +409,7 @@ class A3(nn.Module):
             # seen (B, n): what may turn out to be settled: one number at first, then k of them
             at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, n k)
             left = self.left_of(x[:, None, :L], place[:, None, :-1] < seen[..., None])  # (B, n, L)
-            left = left.gather(2, at.clamp(max=L - 1).view(B, -1, k)).flatten(1)
+            left = left.gather(2, at.clamp(max=L - 1).view(B, -1, k)).flatten(1)  # (B, n k)
             before = seen.repeat_interleave(k, dim=1)
             logits = self.step(cache, tokens, slots, rank, at, left, before)
             p = probabilities(logits, **how).unflatten(1, (-1, k))  # (B, n, k, V)
@@ -448,8 +448,8 @@ class A3(nn.Module):
             raise ValueError("drafts must be 1, or more by 'left' or 'order' with per_step 1")
         rank = chunk_groups(*z.shape, 1, z.device)
         if by == "order":
-            shares = self.order.shares().expand(len(z), 3)
-            rank = self.order.draw(shares, L, how.get("generator")).argsort(dim=1)
+            ways = self.order.ways().expand(len(z), 3)
+            rank = self.order.draw(ways, L, how.get("generator")).argsort(dim=1)
         rank = torch.where(masked, rank + L, rank).argsort(dim=1).argsort(dim=1)  # given ones first
         place = rank - (~masked).sum(1, keepdim=True)
         groups = torch.where(masked, place // per_step, rank - L)
@@ -469,7 +469,7 @@ class A3(nn.Module):
             raise ValueError("by 'random' takes other steps each time; see nelbo(), their bound")
         groups = chunk_groups(*x.shape, per_step, x.device)
         if by == "order":
-            s = self.order.log_weights(x.shape[1])[self.order.shares().argmax()]
+            s = self.order.log_weights(x.shape[1])[self.order.ways().argmax()]
             groups = groups[:, s.argsort(descending=True, stable=True).argsort()]
         elif by != "left":
             _, groups = self.decode(x, torch.zeros_like(x), per_step, by, truth=x)
@@ -478,18 +478,18 @@ class A3(nn.Module):
     # ---- the learned order -----------------------------------------------------------------------
     def order_log_weights(self, x):
         """(7) The log-weights s (B, L) of the reading that q finds likeliest for texts x (B, L)."""
-        return self.order.log_weights(x.shape[1])[self.order.shares(x).argmax(dim=1)]
+        return self.order.log_weights(x.shape[1])[self.order.ways(x).argmax(dim=1)]
 
     def order_log_probs(self, x, order):
         """(7) log q_hat and log q (B, L) of each step k, which reveals order[:, k] of x (B, L)."""
         self.check(x, order)
-        return self.order(order, self.order.shares()), self.order(order, self.order.shares(x))
+        return self.order(order, self.order.ways()), self.order(order, self.order.ways(x))
 
     def order_terms(self, x, generator=None):
         """The terms of (7) for one order of each text x (B, L), drawn by q: -log p, -log q_hat and
         log q of its steps, (B, L) each. Their sum is the cost of a step."""
         self.check(x, x)
-        order = self.order.draw(self.order.shares(x), x.shape[1], generator)
+        order = self.order.draw(self.order.ways(x), x.shape[1], generator)
         nll = -self.log_prob(x, order.argsort(dim=1), single=True)
         log_q_hat, log_q = self.order_log_probs(x, order)
         return nll.gather(1, order), -log_q_hat, log_q
@@ -497,8 +497,8 @@ class A3(nn.Module):
     def order_loss(self, x):
         """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, which is
         metrics["nelbo"], plus a term whose gradient counts, not its value. Autograd cannot see how
-        q changes which order is drawn: REINFORCE. A choice, which also tells what reading it is,
-        answers for all costs from it on, less what the other texts pay from the same step on."""
+        q changes which order is drawn: REINFORCE. log q of step k is
+        weighted by its text's costs from k on, less the mean of those of the other texts."""
         if len(x) < 2:
             raise ValueError("a learned order compares texts: at least 2 in a batch")
         nll, nll_hat, log_q = self.order_terms(x)
@@ -506,7 +506,7 @@ class A3(nn.Module):
         to_come = cost.detach().flip(1).cumsum(1).flip(1)
         excess = (to_come - to_come.mean(0)) * len(x) / (len(x) - 1)
         metrics = dict(nelbo=cost.mean(), recon=nll.mean(), order=(nll_hat + log_q).mean())
-        metrics["left_share"] = self.order.shares(x)[:, 0].exp().mean()
+        metrics["left_share"] = self.order.ways(x)[:, 0].exp().mean()
         return cost.mean() + (excess * log_q).mean(), {k: v.detach() for k, v in metrics.items()}
 
     # ---- adaptation ------------------------------------------------------------------------------
@@ -566,7 +566,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
-    """(6) Stage and size of groups at step 0, 1, .., after total_steps as before; shares: of stages
+    """(6) Stage and size of groups at step 0, 1, ..; shares: of total_steps, later ones as the last
     stage 1  one token a group, left to right: the query stream learns what the content stream knows
     stage 2  chunks of 1, then 2, then 4, a third of the stage each: to predict several at a time
     stage 3  random partitions into groups of group_size: any order"""
@@ -606,7 +606,7 @@ class Order(nn.Module):
         steps = self.steps[:, :L].to(torch.promote_types(self.steps.dtype, torch.float32))
         return F.pad(-(self.speed * steps).cumsum(1), (0, 0, 0, 1))
 
-    def shares(self, x=None):
+    def ways(self, x=None):
         """log q(reading | x) (B, 3), or log q_hat(reading) (1, 3): what each favours and, for q, a
         vote of each kind of token in x (B, L), their sum over the root of their number."""
         logits, r = self.favour[1:], self.random_share
@@ -617,18 +617,18 @@ class Order(nn.Module):
         learned = (self.speed * logits).log_softmax(dim=1) + math.log1p(-r)
         return F.pad(learned, (0, 1), value=math.log(r) if r else -math.inf)
 
-    def draw(self, shares, L, generator=None):
-        """An order (B, L) for each row of shares (B, 3)."""
-        reading = torch.multinomial(shares.detach().exp(), 1, generator=generator)[:, 0]
+    def draw(self, ways, L, generator=None):
+        """An order (B, L) for each row of ways (B, 3)."""
+        reading = torch.multinomial(ways.detach().exp(), 1, generator=generator)[:, 0]
         return race(self.log_weights(L).detach()[reading], generator)
 
-    def forward(self, order, shares):
+    def forward(self, order, ways):
         """The log-probability of each step of order (B, L), given the steps before, which tell
-        about the reading: (B, L). shares (B or 1, 3)."""
+        about the reading: (B, L). ways (B or 1, 3)."""
         B, L = order.shape
         s = self.log_weights(L).expand(B, 3, L).gather(2, order[:, None].expand(B, 3, L))
         steps = s - s.flip(2).logcumsumexp(2).flip(2)  # exp(s_i) / the sum of those that are left
-        so_far = (shares[..., None] + steps.cumsum(2)).logsumexp(1)  # (B, L)
+        so_far = (ways[..., None] + steps.cumsum(2)).logsumexp(1)  # (B, L)
         return so_far.diff(dim=1, prepend=torch.zeros_like(so_far[:, :1]))
 
 

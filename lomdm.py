@@ -27,7 +27,7 @@ network's token distribution at each position. Everything is in nats.
     one revealed is i with probability w_i / W, W = sum_S w. On the clock -log t, which runs
     forward, i arrives at the time Exponential(1) / w_i: a Plackett-Luce ranking.  -> race()
     In LoMDM one head of the network reads w off the clean x, to train and evaluate, never to
-    sample; another guesses w_hat from z, and W_hat = sum_S w_hat.              -> Order
+    sample; another guesses w_hat from z: A_hat = w_hat / t, W_hat = sum_S w_hat.  -> Order
 
 (4) Time drops out. The text depends on the order of its positions only, so the part of (2) that
     compares *when* they are revealed, [W log(W / W_hat) - W + W_hat] / t >= 0, can go. What is
@@ -102,7 +102,7 @@ def nelbo_rate(log_probs, x, masked, velocity, velocity_hat):
     """The integrand of the bound (2) for one z_t. log_probs (B, L, V) are log mu at z_t; all else
     is (B, L): the clean tokens x, where z_t hides them, the rates A of the noise and A_hat of the
     model. Returns recon and order (B,), nats per unit of time; order >= 0, and 0 if they agree.
-    At random times a weight has second moment int w^2 t^{w-2} dt, infinite if w <= 1: hence (4)."""
+    At random times A has the second moment int w^2 t^{w-2} dt, infinite if w <= 1: hence (4)."""
     nll = -log_probs.gather(-1, x[..., None]).squeeze(-1)  # (B, L)
     A, A_hat = velocity, velocity_hat
     order = torch.xlogy(A, A) - torch.xlogy(A, A_hat) - A + A_hat  # xlogy: 0 log 0 is 0
@@ -147,9 +147,9 @@ def block_clocks(t, L, K):
 
 
 def spread_counts(B, n, K, generator=None, device=None):
-    """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, but all
-    together spread evenly, as it is mere noise if a batch is all hard or all easy: number j of the
-    N = B n blocks, of which neighbours are far apart, reveals ((j K + turn) mod N K) // N."""
+    """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, but
+    spread evenly over the batch, as it is mere noise if that is all hard or all easy: the N = B n
+    blocks have numbers, a text's own about B apart, and j reveals ((j K + turn) mod N K) // N."""
     N = B * n
     row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
     number = (row + b * B // n) % B * n + b  # (B, n): 0 .. N - 1
@@ -166,7 +166,7 @@ class Order(nn.Module):
         exp      w_i = exp(u_i - mean_j u_j), u = 8 tanh(v / 8)
     The zero map at the start makes all w equal, which is exactly MDM: training leaves the uniform
     order only if that pays. The order reads the backbone's features but does not shape them, hence
-    stop-gradient. No dropout but theirs: w and w_hat are to match, and their noise is paid for."""
+    stop-gradient. No dropout of its own: w_hat is to match w, and noise in either costs nats."""
 
     def __init__(self, config):
         super().__init__()
@@ -178,8 +178,8 @@ class Order(nn.Module):
     def forward(self, h, rotary, sees, L, cache=None):
         """h (B, T, n_embd), and how a block attends to it -> weights (B, L) of the first L."""
         v = self.score(self.norm(self.block(h.detach(), rotary, sees, L, cache)))  # (B, L, 1)
-        v = v.to(torch.promote_types(v.dtype, torch.float32))  # as logits()
-        return self.squash(v.view(len(v), -1, min(L, self.config.block_len))).flatten(1)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))  # (B, L, 1)
+        return self.squash(v.view(len(v), -1, min(L, self.config.block_len))).flatten(1)  # (B, L)
 
     def squash(self, v):  # (B, n, K) -> (B, n, K)
         c = self.config
@@ -237,7 +237,7 @@ class Block(nn.Module):
 
     def forward(self, h, rotary, sees, rows=None, cache=None):
         """h (B, T, C) -> its first `rows` places, (B, rows, C), None: all. sees: the mask argument
-        of scaled_dot_product_attention, {} if all see all. cache (keys and values of each block,
+        of scaled_dot_product_attention, {} if all see all. cache (keys and values of each layer,
         begin): these T places come after its first `begin`, see them too, and are added to it."""
         B, T, _ = h.shape
         drop = self.dropout if self.training else 0.0
@@ -340,8 +340,8 @@ class LoMDM(nn.Module):
         return torch.cat((z, x), 1), pos.repeat(2), {"attn_mask": mask}  # row sees column
 
     def features(self, z, x=None, cache=None):
-        """The backbone f on stream(z, x): h (B, T, n_embd), and how one more block would attend to
-        it. Without one to come, the last block leaves out what is only there to be looked at.
+        """The backbone f on stream(z, x): h (B, T, n_embd), and how an Order's layer attends to it.
+        If no order is learned, the last layer leaves out what is only there to be looked at.
         cache: of Block.forward(); T counts the places that come after its first `begin`."""
         tokens, pos, sees = self.stream(z, x)
         if cache is not None:  # a block alone sees all there is
@@ -460,7 +460,7 @@ class LoMDM(nn.Module):
         x, revealed_at, call, begin, c = z.clone(), torch.full_like(z, -1), 0, 0, self.config
         L, K, log_p = z.shape[1], min(z.shape[1], c.block_len), torch.zeros(len(z), device=z.device)
         room = 2, len(z), c.n_head, L, c.n_embd // c.n_head
-        held = defaultdict(lambda: self.wte.weight.new_empty(room))  # of each block of the network
+        held = defaultdict(lambda: self.wte.weight.new_empty(room))  # of each layer
         for end in range(K, L + 1, K):  # block after block
             while (masked := x[:, end - K : end] == self.mask_id).any():  # (B, K)
                 kept = (held, begin) if cache and K < L else None

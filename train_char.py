@@ -4,7 +4,7 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     python train_char.py                                 LoMDM, at a size that fits the device
     python train_char.py --model arm --out_dir out_arm   or mdm, or block: the same loss
     python train_char.py --model a3 --init_from out_arm  adapt that ARM to any order
-    python train_char.py --model loa3                    any order, and which is best
+    python train_char.py --model loa3                    any order; which way is best?
     python train_char.py --resume                        go on after Ctrl-C, as if nothing happened
     python train_char.py --preset gpt2 --data openwebtext
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
@@ -62,7 +62,7 @@ WITH_ORDER, ORDER_FLAGS = "lomdm lomdm-by-time", ("block_len", "weights", "c1", 
 BOUND = dict(bound={})  # figures to validate by: {kind: arguments of nelbo()}
 EXACT = {"exact, random order": dict(size=1), "exact, left to right": dict(size=0)}
 FOURS = {"exact, random groups of 4": dict(size=4)}
-MODELS = {  # class; what its Config has fixed, and from flags; figures, the first finds the best
+MODELS = {  # class; Config fields: fixed, from flags; figures, of which the first picks ckpt.pt
     "arm": ("lomdm.LoMDM", dict(block_len=1), (), dict(exact={})),
     "mdm": ("lomdm.LoMDM", dict(), (), BOUND),
     "block": ("lomdm.LoMDM", dict(), ("block_len",), BOUND),

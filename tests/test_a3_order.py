@@ -85,7 +85,7 @@ def naive_log_q(model, shares, order):
 
 def test_log_q_is_a_mixture_of_races_step_by_step():
     model, x = make(), texts(4, 2)[5:7]
-    prior, shares = model.order.shares()[0], model.order.shares(x)
+    prior, shares = model.order.ways()[0], model.order.ways(x)
     for order in orders(4):
         log_q_hat, log_q = model.order_log_probs(x, order.expand_as(x))
         for row in range(2):
@@ -101,9 +101,9 @@ def test_each_kind_of_token_has_a_vote():
     votes, favour = (model.order.speed * p for p in (model.order.votes, model.order.favour))
     for row in ([0, 0, 1, 0], [1, 1, 0, 1]):
         want = ((votes[0] + votes[1]) / math.sqrt(2) + favour[0]).softmax(0) * 0.8
-        got = model.order.shares(torch.tensor([row]))[0].exp()
+        got = model.order.ways(torch.tensor([row]))[0].exp()
         assert torch.allclose(got, torch.cat((want, torch.tensor([0.2]))), atol=1e-12)
-    got = model.order.shares()[0].exp()
+    got = model.order.ways()[0].exp()
     assert torch.allclose(got[:2], 0.8 * favour[1].softmax(0), atol=1e-12) and got[2] == 0.2
 
 
@@ -146,7 +146,7 @@ def test_nelbo_averages_over_its_draws(monkeypatch):
 
 def test_orders_are_drawn_from_q():
     model, x, every = make(), texts(4, 2)[5], orders(4)
-    shares = model.order.shares(x.expand(60_000, 4))
+    shares = model.order.ways(x.expand(60_000, 4))
     found = model.order.draw(shares, 4, torch.Generator().manual_seed(0))
     counts = (found[:, None] == every).all(2).sum(0).double()
     p = model.order_log_probs(x.expand_as(every), every)[1].sum(1).exp()
@@ -201,7 +201,7 @@ def test_metrics_of_the_loss():
     loss, m = model.order_loss(x)
     assert loss.requires_grad and not any(v.requires_grad for v in m.values())
     assert m["nelbo"].item() == pytest.approx((m["recon"] + m["order"]).item())
-    assert m["left_share"].item() == pytest.approx(model.order.shares(x)[:, 0].exp().mean().item())
+    assert m["left_share"].item() == pytest.approx(model.order.ways(x)[:, 0].exp().mean().item())
     torch.manual_seed(5)
     one = model.loss(x)[0]
     torch.manual_seed(5)
@@ -226,7 +226,7 @@ def test_a_new_order_costs_nothing():
     log_q_hat, log_q = model.order_log_probs(x, random_groups(7, 6))
     assert torch.allclose(log_q, log_q_hat, rtol=0, atol=1e-6)
     shares = torch.tensor([2 / 3, 1 / 3, 0.0])
-    assert torch.allclose(model.order.shares(x).exp(), shares.expand(7, 3))
+    assert torch.allclose(model.order.ways(x).exp(), shares.expand(7, 3))
     assert torch.allclose(model.order_log_weights(x), -6 * torch.arange(1, 7.0).expand(7, 6))
     backwards = torch.arange(5, -1, -1).expand(7, 6)
     got = model.order_log_probs(x, backwards)[1].exp()
@@ -244,7 +244,7 @@ def test_a_uniform_order_is_that_of_a3():
     assert torch.allclose(log_q, log_q_hat, rtol=0, atol=1e-12)
     assert torch.allclose(log_q, -torch.arange(6, 0, -1.0).log().expand(7, 6))
     g = torch.Generator()
-    order = model.order.draw(model.order.shares(x), 6, g.manual_seed(3))
+    order = model.order.draw(model.order.ways(x), 6, g.manual_seed(3))
     want = -model.log_prob(x, order.argsort(1)).sum(1)  # A3's, in the same random order
     assert torch.allclose(model.nelbo(x, generator=g.manual_seed(3)), want)
 
@@ -278,7 +278,7 @@ def test_steps_of_the_weights():
 def test_share_in_random_order():
     """For q and q_hat alike, whatever the votes."""
     model = make(4, 3, random_share=0.3)
-    for shares in (model.order.shares(texts(4, 3)), model.order.shares().expand(81, 3)):
+    for shares in (model.order.ways(texts(4, 3)), model.order.ways().expand(81, 3)):
         assert torch.allclose(shares[:, 2].exp(), torch.full((81,), 0.3))
         assert torch.allclose(shares.exp().sum(1), torch.ones(81))
 
@@ -310,7 +310,7 @@ def test_given_tokens_are_read_first_in_the_same_order():
     z, n = torch.tensor([[2, 1, 2, 0]]), 60_000
     x, at = model.sample(z.repeat(n, 1), generator=g)
     assert (at[:, [1, 3]] == -1).all() and (x[:, [1, 3]] == torch.tensor([1, 0])).all()
-    prior, p = model.order.shares(), {}
+    prior, p = model.order.ways(), {}
     for order in orders(4).tolist():
         q_hat = model.order(torch.tensor([order]), prior).sum().exp()
         read = [i for i in order if i in (1, 3)] + [i for i in order if i in (0, 2)]
@@ -370,7 +370,7 @@ def test_a_decoder_is_a_walk(by):
             groups[0, done] = torch.arange(len(done))
             log_p = model(row[None], groups)[0].log_softmax(-1)  # (4, 3)
             p = log_p.exp().sort(-1, descending=True).values
-            reading = model.order.shares().argmax()
+            reading = model.order.ways().argmax()
             s_hat = model.order.log_weights(4)[reading, rest].tolist()
             p, log_p_rest = p[rest], log_p[rest]
             score = {

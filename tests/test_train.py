@@ -267,7 +267,7 @@ def test_figures_of_two_streams_are_what_they_say(work, name, sizes):
         g, nats = torch.Generator().manual_seed(1), []
         for _ in range(2):
             if size is None:
-                order = model.order.draw(model.order.shares(x), 16, g)
+                order = model.order.draw(model.order.ways(x), 16, g)
                 log_q_hat, log_q = model.order_log_probs(x, order)
                 nats.append((log_q - log_q_hat - model.log_prob(x, order.argsort(1))).mean())
             else:
