@@ -55,6 +55,18 @@ def test_pictures_exist():
             assert (ROOT / path).parent.joinpath(picture).is_file()
 
 
+def test_tables_say_where_they_were_made():
+    """Hardware, steps, seeds, errors, and what a figure is, in every section with a table."""
+    text = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
+    with_tables = [part for part in re.split(r"^#+ ", text, flags=re.M) if "\n|---" in part]
+    assert len(with_tables) >= 9
+    for part in with_tables:
+        assert re.search(r"CPU cores .*torch \d", part), part
+        assert re.search(r"[\d,]+ steps of", part), part
+        assert " ± seeds" in part or "seed 1" in part or "one seed" in part, part
+        assert re.search("exact|bound", part) and " ± " in part, part
+
+
 def test_what_is_missing_is_named():
     """A CPU cannot make the part on the GPU; all else is there."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
@@ -90,7 +102,7 @@ def test_readme_has_no_number_of_its_own():
     results = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
     known = {figure.replace(",", "") for figure in re.findall(FIGURE, results)}
     readme = (ROOT / "README.md").read_text("utf-8")
-    used = figures(readme[readme.index("## Results") : readme.index("## Text of your own")])
+    used = figures(readme[readme.index("### LoA3") : readme.index("## Text of your own")])
     assert len(used) > 20
     assert [figure for figure in used if not any(rounds_to(k, figure) for k in known)] == []
     assert rounds_to("1.8635 ± 0.0024", "1.86") and rounds_to("1.8635 ± 0.0024", "1.864 ± 0.002")
