@@ -101,6 +101,8 @@ def main(argv=None):
     refuse(s.length and s.length <= n, f"--length {s.length}: the prompt has {n} tokens already")
     length = n if gaps else s.length or L
     refuse(s.drafts > 1 and name not in ("a3", "loa3"), f"--drafts is for a3 and loa3, not {name}")
+    K = getattr(model.config, "block_len", s.per_step)
+    refuse(s.per_step > K, f"--per_step: {name} fills in a block of {K} at most in one call")
     how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, per_step=s.per_step)
     how |= dict(by=s.by) if s.by else {}
     how |= dict(drafts=s.drafts) if s.drafts > 1 else {}

@@ -55,6 +55,7 @@ def trained(tmp_path_factory):
         (["--temperature", "nan"], "--temperature must be at least 0"),
         (["--temperature", "inf"], "--temperature must be a finite number"),
         (["--per_step", "0"], "--per_step must be at least 1"),
+        (["--per_step", "17"], "--per_step: lomdm fills in a block of 16 at most in one call"),
         (["--top_k", "0"], "--top_k must be at least 1"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
         (["--num_samples", "99999999999999999999"], "--num_samples must be below"),
