@@ -478,6 +478,7 @@ class A3(nn.Module):
     # ---- the learned order -----------------------------------------------------------------------
     def order_log_weights(self, x):
         """(7) The log-weights s (B, L) of the reading that q finds likeliest for texts x (B, L)."""
+        self.check(x, x)
         return self.order.log_weights(x.shape[1])[self.order.ways(x).argmax(dim=1)]
 
     def order_log_probs(self, x, order):
@@ -496,9 +497,9 @@ class A3(nn.Module):
 
     def order_loss(self, x):
         """What training minimises, for x (B, L), B > 1: the bound (7) in nats per token, which is
-        metrics["nelbo"], plus a term whose gradient counts, not its value. Autograd cannot see how
-        q changes which order is drawn: REINFORCE. log q of step k is
-        weighted by its text's costs from k on, less the mean of those of the other texts."""
+        metrics["nelbo"], plus a term of which only the gradient counts. It is REINFORCE: autograd
+        cannot see how q changes which order is drawn, so log q of step k is weighted by its text's
+        costs from k on, less the mean of those of the other texts."""
         if len(x) < 2:
             raise ValueError("a learned order compares texts: at least 2 in a batch")
         nll, nll_hat, log_q = self.order_terms(x)

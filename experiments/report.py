@@ -106,15 +106,19 @@ def row(*cells):
 
 
 # ---- what stands in braces -----------------------------------------------------------------------
+def multiplied(words):
+    """The words but for one such as x68, tokens a text; its number, or 1; and the unit."""
+    times = math.prod(int(word[1:]) for word in words if re.fullmatch(r"x\d+", word))
+    words = [word for word in words if not re.fullmatch(r"x\d+", word)]
+    return words, times, "nats a text" if times > 1 else "nats per token"
+
+
 def losses(*names):
     """A table of validation figures. A word such as x68 multiplies them all: tokens a text."""
-    times = math.prod(int(word[1:]) for word in names if re.fullmatch(r"x\d+", word))
-    unit = "nats a text" if times > 1 else "nats per token"
+    names, times, unit = multiplied(names)
     head = "model", "steps x batch", "seconds", f"{unit} ± seeds", "seeds", "± windows"
     out = [row(*head, "what it is"), "|---" * 7 + "|"]
     for name in names:
-        if re.fullmatch(r"x\d+", name):
-            continue
         for kind, found in best(name).items() or [(NOT_YET, {})]:
             if not found:
                 out.append(row(label(name), "", "", "", 0, "", kind))
@@ -130,12 +134,13 @@ def losses(*names):
 
 def pairs(*names):
     """A table of differences, seed by seed, both on the same windows: a-b is what a costs more, by
-    their first figures; left:a-b by those that have the word left."""
-    out = [row("", "nats per token ± seeds", "seeds", "what they are"), "|---" * 4 + "|"]
+    their first figures; left:a-b by those that have the word left. x68 as in losses()."""
+    names, times, unit = multiplied(names)
+    out = [row("", f"{unit} ± seeds", "seeds", "what they are"), "|---" * 4 + "|"]
     for pair in names:
         word, _, pair = pair.rpartition(":")
         (one, a), (other, b) = (figure(name, word) for name in pair.split("-"))
-        less = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        less = [times * (a[seed] - b[seed]) for seed in sorted(a.keys() & b.keys())]
         kind = f"{one} − {other}" if one != other else one
         what = row(shown(less, "+") if less else "", len(less), kind if less else NOT_YET)
         out.append(f"| {' − '.join(map(label, pair.split('-')))} {what}")

@@ -424,6 +424,8 @@ def test_errors():
         make().order_log_probs(torch.zeros(2, 4).long(), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match="do not fit"):
         make().order_loss(torch.zeros(2, 5).long())
+    with pytest.raises(ValueError, match="do not fit"):
+        make().order_log_weights(torch.zeros(2, 5).long())
 
 
 def test_bfloat16_is_close_to_float32():

@@ -180,6 +180,9 @@ def test_differences_are_those_of_seeds(logs, monkeypatch):
     error = statistics.stdev([-0.5, 0.1, 0.7]) / math.sqrt(3)
     assert table[2] == f"| ARM − MDM | +0.1000 ± {error:.4f} | 3 | exact − bound |"
     assert table[3] == "| ARM − ARM, equal time | -7.0000 | 1 | exact |" and len(table) == 4
+    per_text = report.pairs("arm-mdm", "x10").splitlines()
+    assert "nats per token ±" in table[0] and "nats a text ±" in per_text[0] and len(per_text) == 3
+    assert per_text[2] == f"| ARM − MDM | +1.0000 ± {10 * error:.4f} | 3 | exact − bound |"
     monkeypatch.setitem(RUNS, "mdm_2", ("--model mdm", 1))  # 1 - 7 at step 20, 7 at step 10
     write_log("mdm_2", {"exact, left": [8, 1], "bound": [5, 4]})
     table = report.pairs("left:mdm_2-mdm", "mdm_2-mdm").splitlines()
