@@ -45,11 +45,11 @@ prompt. Everything is in nats.
     go from one token left to right, over growing chunks, to random partitions. -> curriculum()
 
 (7) A learned order, as in LoMDM (arXiv:2602.02112), but on two streams, which score all steps of an
-    order in one pass: both papers in one, and in neither. Order and text are drawn one after the
-    other; to train, an order is drawn by q, which has seen the text:               -> Order
+    order in one pass: both papers in one, and in neither. The model draws an order by q_hat, then a
+    text in that order; to train, an order is drawn by q, which has seen the text:  -> Order
         p(x) = sum_order q_hat(order) prod_k p(x_{order_k} | x_{order_<k})
         -log p(x) <= E_q sum_k [ -log p(x_{order_k} | x_{order_<k})                            recon
-                    + log q(order_k | .., x) - log q_hat(order_k | ..) ]  order     -> order_loss()
+          + log q(order_k | order_<k, x) - log q_hat(order_k | order_<k) ]  order   -> order_loss()
     With q and q_hat uniform it is (1) for random orders; with all on left to right, the ARM.
 """
 
@@ -75,10 +75,10 @@ class Config:
     left_neighbour: bool = True  # False: all queries begin as one vector, as in the paper
     start_id: int | None = None  # BOS; None: a token on top of the others, with the id vocab_size
     n_kv_head: int | None = None  # fewer heads for keys and values, each for several queries
-    head_dim: int | None = None  # n_embd / n_head
+    head_dim: int | None = None  # None: n_embd / n_head
     hidden: int | None = None  # of the MLP; None: as many parameters as 4 n_embd without gate
     rope_base: float = 1e4
-    rope_turns: tuple | None = None  # radians per position, head_dim / 2, if not of rope_base
+    rope_turns: tuple | None = None  # (head_dim / 2,) radians per position, for rope_base's
     norm_eps: float = 1e-5
     tied: bool = False  # the output reads the input's embeddings
     positions: bool = True  # learned ones besides the rotary; without, see A3.__init__
@@ -132,7 +132,7 @@ def who_sees(keys, content, query):
 
 # ---- the network: LLaMA's blocks, read twice -----------------------------------------------------
 def rotary_tables(pos, config):
-    """cos and sin (B, 1, T, head_dim) for rotate() at pos (B, T), sin with its sign."""
+    """cos, sin (B, 1, T, head_dim) for rotate() at pos (B, T), the first sin of a pair negated."""
     j = torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim  # (head_dim / 2,)
     f = j.new_tensor(config.rope_turns) if config.rope_turns else config.rope_base**-j  # radians
     angle = pos[:, None, :, None] * torch.cat((-f, f))  # (B, 1, T, head_dim)
@@ -144,19 +144,6 @@ def rotate(q, cos, sin):
     return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
 
 
-class Linear(nn.Linear):
-    """The added code is so that up to 8 rows, as in sampling one text, take half as long on a CPU
-    core, a third on two: libraries are slow at so short an h W^T, but not at halves of W h^T."""
-
-    def forward(self, h, part=slice(None)):  # (.., in) -> (.., out), or a part of out
-        W, bias = self.weight[part], None if self.bias is None else self.bias[part]
-        if h.device.type != "cpu" or h.numel() > 8 * self.in_features or len(W) % 2:
-            return F.linear(h, W, bias)
-        rows = h.reshape(-1, self.in_features).T.expand(2, -1, -1)  # (2, in, rows)
-        y = torch.bmm(W.view(2, -1, self.in_features), rows).flatten(0, 1).T  # (rows, out)
-        return (y if bias is None else y + bias).reshape(*h.shape[:-1], len(W))
-
-
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU: an ARM's block, applied to two streams."""
 
@@ -165,18 +152,19 @@ class Block(nn.Module):
         C, D, eps = config.n_embd, config.head_dim, config.norm_eps
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
         self.norm1 = nn.RMSNorm(C, eps=eps)
-        self.qkv = Linear(C, (self.n_head + 2 * self.n_kv_head) * D, bias=config.qkv_bias)
+        self.qkv = nn.Linear(C, (self.n_head + 2 * self.n_kv_head) * D, bias=config.qkv_bias)
         self.q_norm = nn.RMSNorm(D, eps=eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, eps=eps) if config.qk_norm else nn.Identity()
-        self.proj = Linear(self.n_head * D, C, bias=False)
+        self.proj = nn.Linear(self.n_head * D, C, bias=False)
         self.norm2 = nn.RMSNorm(C, eps=eps)
-        self.gate_up = Linear(C, 2 * config.hidden, bias=False)
-        self.down = Linear(config.hidden, C, bias=False)
+        self.gate_up = nn.Linear(C, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, C, bias=False)
 
     def heads(self, h, rows):
         """Some rows of the matrix qkv applied to h (B, T, C): (B, heads, T, head_dim)."""
-        head_dim = self.proj.in_features // self.n_head
-        return self.qkv(h, rows).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        bias, head_dim = self.qkv.bias, self.proj.in_features // self.n_head
+        h = F.linear(h, self.qkv.weight[rows], None if bias is None else bias[rows])
+        return h.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
     def keys_values(self, u, rotary):
         """What others look at, for content u (B, n, C): k, v (B, n_kv_head, n, head_dim)."""
@@ -220,7 +208,7 @@ class A3(nn.Module):
         self.norm = nn.RMSNorm(C, eps=config.norm_eps)
         # The start token is never predicted, nor is what fills the rows up to a multiple of 64.
         rows = len(self.wte.weight) if config.tied else 64 * math.ceil(V / 64)
-        self.lm_head = Linear(C, rows, bias=False)
+        self.lm_head = nn.Linear(C, rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
@@ -241,23 +229,23 @@ class A3(nn.Module):
             raise ValueError(f"per_step must be at least 1, and n_draws, not {per_step}")
 
     def left_of(self, x, before):
-        """The token on the left of each position (B, L), the start token for the first one, and -1
-        where it may not be seen: where before (B, L - 1) is False."""
+        """The token on the left of each position (.., L), the start token for the first one, and -1
+        where it may not be seen: where before (.., L - 1) is False."""
         left = F.pad(x[..., :-1].masked_fill(~before, -1), (1, 0), value=self.start_id)
         return left if self.config.left_neighbour else torch.full_like(left, -1)
 
-    def streams(self, tokens, slots, left, positions, sees, cache=None):
+    def streams(self, tokens, slots, positions, left, sees, cache=None):
         """Both streams through all layers: content of tokens (B, n) in their slots (B, n), queries
-        for positions (B, m), whose left neighbours are left (B, m). sees: see who_sees(), for the
+        for positions (B, m), left (B, m) of left_of() on their left. sees: see who_sees(), for the
         keys of these n or of all in the cache. Returns the queries' final states (B, m, n_embd)."""
         n, m = sizes = slots.shape[1], positions.shape[1]
         h = self.wte(torch.cat((tokens, left.clamp(min=0)), dim=1))  # (B, n + m, C)
         h = torch.where(F.pad(left < 0, (n, 0))[..., None], self.query, h)
-        place = torch.cat((slots, positions), dim=1)  # token i - 1, on the left of i, is in slot i
+        slots = torch.cat((slots, positions), dim=1)  # query i is in slot i, as token i - 1 is
         if self.wpe is not None:
-            h = h + self.wpe(place.clamp(max=self.config.seq_len - 1))
+            h = h + self.wpe(slots.clamp(max=self.config.seq_len - 1))
         h = F.dropout(h, self.config.dropout, self.training)
-        cos, sin = rotary_tables(place, self.config)
+        cos, sin = rotary_tables(slots, self.config)
         for layer, block in enumerate(self.blocks):
             u = block.norm1(h)
             k, v = block.keys_values(u[:, :n], (cos[:, :, :n], sin[:, :, :n]))
@@ -270,7 +258,7 @@ class A3(nn.Module):
         return self.norm(h)
 
     def logits(self, h):
-        """(..., n_embd) -> (..., V), float32 at least: bfloat16 is too coarse for likelihoods."""
+        """(..., n_embd) -> (..., V). What follows, softmax and sums, is in float32 at least."""
         logits = self.lm_head(h)[..., : self.config.vocab_size]
         return logits.to(torch.promote_types(self.wte.weight.dtype, torch.float32))
 
@@ -287,7 +275,7 @@ class A3(nn.Module):
         single = bool((rank[:, 1:] > rank[:, :-1]).all()) if single is None else single
         keys, causal = F.pad(rank[:, :-1], (1, 0), value=-L - 1), {"is_causal": True}
         sees = (causal, causal) if single else who_sees(keys, keys, rank)
-        h = self.streams(tokens, slots, left.gather(1, order), order, sees)  # sorted
+        h = self.streams(tokens, slots, order, left.gather(1, order), sees)  # sorted
         return h.gather(1, order.argsort(dim=1)[..., None].expand_as(h))
 
     def forward(self, x, groups):
@@ -296,7 +284,7 @@ class A3(nn.Module):
 
     def log_prob(self, x, groups, single=None):
         """Equation (1), term by term: log p(x_i | earlier groups) (B, L) in nats, 0 at given
-        tokens. A row's sum is the log-likelihood of what is predicted, given the given."""
+        tokens. A row's sum is the log-likelihood of what is predicted, given the rest."""
         h = self.features(x, groups, single)
         return -self.nll(h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
@@ -304,14 +292,15 @@ class A3(nn.Module):
         """Nats per predicted token, and a dict of detached metrics. No groups: those of nelbo()."""
         if groups is None and self.order:
             return self.order_loss(x)
-        groups = random_groups(*x.shape, device=x.device) if groups is None else groups
+        if groups is None:
+            groups, single = random_groups(*x.shape, device=x.device), True
         loss = -self.log_prob(x, groups, single).sum() / (groups >= 0).sum().clamp(min=1)
         return loss, {"nelbo": loss.detach()}
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, size=None, generator=None):
-        """-log p(x) (B,) in nats: the mean over n_draws random_groups() of this size; 0: left to
-        right. None: of the order that was learned, the bound (7), or if there is none, size 1."""
+        """-log p(x) (B,) in nats, the mean over n_draws random_groups() of this size; 0: left to
+        right. None: the bound (7) if an order was learned, else size 1."""
         self.check(x, x, "left", n_draws)
         if size is None and self.order:
             draws = [sum(self.order_terms(x, generator)) for _ in range(n_draws)]
@@ -340,10 +329,10 @@ class A3(nn.Module):
         committed in groups before seen (B, m). left (B, m): see left_of()."""
         (keys,) = remember(cache, "rank", rank[:, None])  # (B, 1, S)
         sees = who_sees(keys[:, 0], rank, seen)
-        return self.logits(self.streams(tokens, slots, left, positions, sees, cache))
+        return self.logits(self.streams(tokens, slots, positions, left, sees, cache))
 
     def given(self, x, groups):
-        """Start token, then given ones: tokens, slots, ranks (B, 1 + n). Rank L: nobody sees it."""
+        """Start and given tokens: tokens, slots, ranks (B, 1 + n). Padding has rank L, unseen."""
         n, L = int((groups < 0).sum(1).max()), x.shape[1]
         rank, at = (t[:, :n] for t in ranks(groups).sort(dim=1))
         tokens, rank = x.gather(1, at).masked_fill(rank >= 0, 0), rank.masked_fill(rank >= 0, L)
@@ -356,26 +345,28 @@ class A3(nn.Module):
         """(5) Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
         of each the per_step positions at a time that `by` is surest of ("confidence", if `by` is
         about the order of groups). If there is a truth (B, L), tokens are not drawn, but copied.
-        Returns x and groups for log_prob(): each token's step, and those of given tokens as was."""
+        Returns x and groups for log_prob(): each token's step; given tokens keep theirs."""
         self.check(x, groups, by, per_step)
         x, L = x.masked_fill(groups >= 0, self.mask_id), x.shape[1]
         rank = torch.where(groups < 0, groups, L)  # the step that committed a token; L: open
         cache, (tokens, slots, new) = {}, self.given(x, groups)  # what to commit next
         for step in range(L + 1):
             todo = rank == L
-            if not todo.any():
-                return x, rank
             first = groups.masked_fill(~todo, torch.iinfo(torch.long).max).amin(1, keepdim=True)
             at, asked = pack(todo & (groups == first))  # (B, m)
+            if not at.numel():
+                return x, rank
             left, seen = self.left_of(x, rank[:, :-1] < L).gather(1, at), torch.full_like(at, L)
             logits = self.step(cache, tokens, slots, new, at, left, seen)
             score = certainty(logits, by, generator).masked_fill(~asked, -torch.inf)  # (B, m)
             best = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
             at, asked = at.gather(1, best), asked.gather(1, best)  # (B, m), m <= per_step
             logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
-            p = probabilities(logits, **how).flatten(0, 1)  # (B m, V)
-            tokens = torch.multinomial(p, 1, generator=generator).view_as(at)
-            tokens = tokens if truth is None else truth.gather(1, at)
+            if truth is None:
+                p = probabilities(logits, **how).flatten(0, 1)  # (B m, V)
+                tokens = torch.multinomial(p, 1, generator=generator).view_as(at)
+            else:
+                tokens = truth.gather(1, at)
             slots, new = at + 1, torch.where(asked, step, L)
             for t, value in ((x, tokens), (rank, step)):
                 t.scatter_(1, at, torch.where(asked, value, t.gather(1, at)))
@@ -388,14 +379,15 @@ class A3(nn.Module):
     def generate_speculative(self, x, groups, drafts=4, generator=None, **how):
         """The same for groups of one token, as surely from p(x | given), in fewer calls. The next
         `drafts` tokens are drawn at once, blind to each other, from q. The next call commits them
-        and predicts each from those before it, p. The first is sure. Any other is accepted with
-        probability min(1, p / q); the first that is not is drawn anew from max(0, p - q), the rest
-        get rank L. That is a draw from p, whatever q is. As queries may look at any number of
-        tokens, the same call drafts for whatever will be accepted. Returns x and how many calls."""
+        and predicts each from those before it, p. For the first, q = p: it is sure. Any other is
+        accepted with probability min(1, p / q); the first that is not is drawn anew from
+        max(0, p - q), the rest get rank L. That is a draw from p, whatever q is. As queries may
+        look at any number of tokens, the same call drafts for whatever will be accepted. Returns x
+        and how many calls."""
         self.check(x, groups)
         (B, L), k, V = x.shape, min(drafts, x.shape[1]), self.config.vocab_size
-        rank, order = ranks(groups).sort(dim=1)
-        if k < 1 or (rank.diff(dim=1) == 0).any():
+        numbers, order = ranks(groups).sort(dim=1)
+        if k < 1 or (numbers.diff(dim=1) == 0).any():
             raise ValueError("drafts must be at least 1, and every group one token")
         done = (groups < 0).sum(1, keepdim=True)  # (B, 1): how many tokens are settled
         if done.min() == L:
@@ -411,11 +403,10 @@ class A3(nn.Module):
             left = self.left_of(x[:, None, :L], place[:, None, :-1] < seen[..., None])  # (B, n, L)
             left = left.gather(2, at.clamp(max=L - 1).view(B, -1, k)).flatten(1)  # (B, n k)
             before = seen.repeat_interleave(k, dim=1)
-            logits = self.step(cache, tokens, slots, rank, at, left, before)
-            p = probabilities(logits, **how).unflatten(1, (-1, k))  # (B, n, k, V)
-            if call > 1:
-                draft = tokens[:, 1:, None]  # (B, k - 1, 1)
-                ratio = p[:, :-1, 0].gather(2, draft) / q[:, 1:].gather(2, draft)
+            logits = self.step(cache, tokens, slots, rank, at, left, before).unflatten(1, (-1, k))
+            if call > 1:  # logits (B, n, k, V)
+                draft, p = tokens[:, 1:, None], probabilities(logits[:, :-1, 0], **how)
+                ratio = p.gather(2, draft) / q[:, 1:].gather(2, draft)  # (B, k - 1, 1)
                 u = torch.rand(ratio.shape, generator=generator, device=x.device)
                 accepted = 1 + (u < ratio).long().cumprod(dim=1).sum(1)  # (B, 1): 1 .. k
                 cache["rank"][0][:, 0, -k:].masked_fill_(j >= accepted, L)
@@ -423,7 +414,8 @@ class A3(nn.Module):
             # the q of what was refused: 0 if nothing was, or at the first call
             refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # (B, 1, V)
             which = (accepted - 1).clamp(min=0)[..., None, None]
-            q = p.take_along_dim(which, dim=1)[:, 0]  # (B, k, V): all see what is done now
+            q = logits.take_along_dim(which, dim=1)[:, 0]  # (B, k, V): all see what is done now
+            q = probabilities(q, **how)
             new = (q[:, :1] - refused).clamp(min=0) + 1e-30 * q[:, :1]  # (B, 1, V), never all zero
             p = torch.cat((new, q[:, 1:]), dim=1).flatten(0, 1)  # (B k, V)
             tokens = torch.multinomial(p, 1, generator=generator).view(B, k)
@@ -444,7 +436,7 @@ class A3(nn.Module):
         by = by or ("order" if self.order else "left")
         self.check(z, z, by, per_step)
         masked, L = z == self.mask_id, z.shape[1]
-        if drafts != 1 and (drafts < 1 or by not in RULES[:2] or per_step > 1):
+        if drafts != 1 and (drafts < 1 or by not in ("left", "order") or per_step > 1):
             raise ValueError("drafts must be 1, or more by 'left' or 'order' with per_step 1")
         rank = chunk_groups(*z.shape, 1, z.device)
         if by == "order":
@@ -567,7 +559,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
-    """(6) Stage and size of groups at step 0, 1, ..; shares: of total_steps, later ones as the last
+    """(6) Stage and size of groups at step 0, 1, ..; shares of total_steps; later ones: as the last
     stage 1  one token a group, left to right: the query stream learns what the content stream knows
     stage 2  chunks of 1, then 2, then 4, a third of the stage each: to predict several at a time
     stage 3  random partitions into groups of group_size: any order"""
@@ -584,8 +576,8 @@ def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
 
 # ---- the learned order ---------------------------------------------------------------------------
 class Order(nn.Module):
-    """(7) A text is read in one of three ways: about from left to right, about from right to left,
-    or, a fixed share of the texts, in random order, so that the model keeps up with all orders.
+    """(7) A text is read in one of three ways: roughly from left to right, from right to left, or,
+    a fixed share of the texts, in random order, so that the model keeps up with all orders.
     Each is a race (LoMDM's Plackett-Luce) with log-weights
         s_j = - sum_{i <= j} speed steps_i         steps_i: by how much i comes after i - 1
     Which it is, is drawn: q and q_hat both favour left to right at first, 2 to 1, and for q each
@@ -612,8 +604,8 @@ class Order(nn.Module):
         vote of each kind of token in x (B, L), their sum over the root of their number."""
         logits, r = self.favour[1:], self.random_share
         if x is not None:
-            kinds = 1 / (x[:, :, None] == x[:, None]).sum(2)  # (B, L), adds up to their number
-            votes = (kinds[..., None] * self.votes[x]).sum(1) / kinds.sum(1, keepdim=True).sqrt()
+            kinds = x.new_zeros(len(x), len(self.votes)).scatter(1, x, 1)  # (B, V): 1 if in x
+            votes = (kinds[..., None] * self.votes).sum(1) / kinds.sum(1, keepdim=True).sqrt()
             logits = self.favour[:1] + votes  # (B, 2)
         learned = (self.speed * logits).log_softmax(dim=1) + math.log1p(-r)
         return F.pad(learned, (0, 1), value=math.log(r) if r else -math.inf)

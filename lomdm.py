@@ -39,8 +39,8 @@ network's token distribution at each position. Everything is in nats.
 (5) The gradient in w. Autograd cannot see how w changes the outcome of a race: draw two for each x,
     and let that with the smaller loss become likelier (REINFORCE, leave one out). -> LoMDM.loss()
 
-(6) Blocks are revealed one after another and add up. Each has its own clock, its own race and its
-    own term (4), with its length K for L.                                      -> block_clocks()
+(6) n = L / K blocks of length K are revealed one after another. Each has its own clock, its own
+    race and its own term (4), with K for L; the terms add up.                  -> block_clocks()
 """
 
 import math
@@ -147,9 +147,9 @@ def block_clocks(t, L, K):
 
 
 def spread_counts(B, n, K, generator=None, device=None):
-    """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, but
-    spread evenly over the batch, as it is mere noise if that is all hard or all easy: the N = B n
-    blocks have numbers, a text's own about B apart, and j reveals ((j K + turn) mod N K) // N."""
+    """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, together
+    spread evenly: a batch that is all hard or all easy is mere noise. The N = B n blocks are
+    numbered, those of a text about B apart, and number j reveals ((j K + turn) mod N K) // N."""
     N = B * n
     row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
     number = (row + b * B // n) % B * n + b  # (B, n): 0 .. N - 1
@@ -183,9 +183,11 @@ class Order(nn.Module):
 
     def squash(self, v):  # (B, n, K) -> (B, n, K)
         c = self.config
-        v = 8 * torch.tanh(v / 8) if c.weights == "exp" else torch.sigmoid(v)
-        v = v - v.mean(-1, keepdim=True)
-        return v.exp() if c.weights == "exp" else c.c1 + c.c2 * v
+        if c.weights == "exp":
+            u = 8 * torch.tanh(v / 8)
+            return (u - u.mean(-1, keepdim=True)).exp()
+        s = torch.sigmoid(v)
+        return c.c1 + c.c2 * (s - s.mean(-1, keepdim=True))
 
 
 def uniform(h, rotary, sees, L, cache=None):
@@ -195,7 +197,7 @@ def uniform(h, rotary, sees, L, cache=None):
 
 # ---- the network: LLaMA's blocks -----------------------------------------------------------------
 def rotary_tables(pos, head_dim):
-    """cos and sin (T, head_dim) for rotate() at positions pos (T,), sin with its sign."""
+    """cos and sin (T, head_dim) for rotate() at pos (T,), the first sin of each pair negated."""
     j = torch.arange(0, head_dim, 2, device=pos.device)
     f = 1e4 ** (-j / head_dim)  # radians per position
     angle = pos[:, None] * torch.cat((-f, f))  # (T, head_dim)
@@ -208,18 +210,6 @@ def rotate(q, cos, sin):
     return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
 
 
-class Linear(nn.Linear):
-    """Without bias. The added code is so that up to 8 rows, as in sampling one text, take half as
-    long on a CPU core, a third on two: libraries are slow at so short an h W^T, not at W h^T."""
-
-    def forward(self, h):  # (..., in) -> (..., out)
-        if h.device.type != "cpu" or h.numel() > 8 * self.in_features:
-            return super().forward(h)
-        W, rows = self.weight.view(2, -1, self.in_features), h.reshape(-1, self.in_features)
-        y = torch.bmm(W, rows.T.expand(2, -1, -1))  # (2, out / 2, rows)
-        return y.flatten(0, 1).T.reshape(*h.shape[:-1], self.out_features)
-
-
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU, without biases."""
 
@@ -229,11 +219,11 @@ class Block(nn.Module):
         hidden = 32 * math.ceil(8 * C / 3 / 32)  # as many parameters as a 4 C wide MLP without gate
         self.n_head, self.dropout = config.n_head, dropout
         self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = Linear(C, 3 * C, bias=False)
-        self.proj = Linear(C, C, bias=False)
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
         self.norm2 = nn.RMSNorm(C, eps=1e-5)
-        self.gate_up = Linear(C, 2 * hidden, bias=False)
-        self.down = Linear(hidden, C, bias=False)
+        self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, C, bias=False)
 
     def forward(self, h, rotary, sees, rows=None, cache=None):
         """h (B, T, C) -> its first `rows` places, (B, rows, C), None: all. sees: the mask argument
@@ -295,7 +285,7 @@ class LoMDM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, config.dropout) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(C, eps=1e-5)
         # [MASK] is never predicted, nor is what fills the rows up to a multiple of 64, for speed.
-        self.lm_head = Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
+        self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
         self.g = Order(config) if config.learn_order else uniform  # w(x)
         self.g_hat = Order(config) if config.learn_order else uniform  # w_hat(z)
         for name, p in self.named_parameters():
@@ -358,7 +348,7 @@ class LoMDM(nn.Module):
         return self.norm(h), (rotary, sees)
 
     def logits(self, h):
-        """(..., n_embd) -> (..., V), float32 at least: bfloat16 is too coarse for likelihoods."""
+        """(..., n_embd) -> (..., V). What follows, softmax and sums, is in float32 at least."""
         logits = self.lm_head(h)[..., : self.config.vocab_size]
         return logits.to(torch.promote_types(self.wte.weight.dtype, torch.float32))
 
@@ -371,7 +361,8 @@ class LoMDM(nn.Module):
         """w(x) (B, L), the noise's weights (3), which see the clean x up to their own block."""
         self.check(x)
         if not self.config.learn_order:
-            return uniform(self.wte.weight[:1], None, None, x.shape[1]).expand_as(x)  # no pass
+            dtype = torch.promote_types(self.wte.weight.dtype, torch.float32)
+            return torch.ones_like(x, dtype=dtype)
         with torch.no_grad():
             h, attention = self.features(x)
         return self.g(h, *attention, x.shape[1])
@@ -392,7 +383,7 @@ class LoMDM(nn.Module):
         """What training minimises, for x (B, L): the jump bound (4) in nats per token, plus, with a
         learned order, the surrogate of (5), whose gradient counts and whose value means nothing.
         Returns the loss and a dict of detached metrics; report metrics["nelbo"], the bound.
-        (5) The gradient of E l, for two independent orders with the same k, is
+        (5) Let l_1, l_2 be (4) for two independent orders with the same k. The gradient of E l is
                 E[ grad (l_1 + l_2) / 2  +  (l_1 - l_2) grad (log q_1 - log q_2) / 2 ]
             log q being that of the revealed prefix, as l depends on no more of the order. Each
             block has an equation of its own."""
@@ -453,7 +444,7 @@ class LoMDM(nn.Module):
     @torch.no_grad()
     def decode(self, z, per_step, by, truth=None, generator=None, cache=True, **how):
         """What sample() does, and log mu of all it filled in, (B,) nats. truth (B, L): copied, not
-        drawn. cache: keep the keys and values of finished blocks. In one block, all see all."""
+        drawn. cache: keep keys and values of finished blocks; a single one has none to keep."""
         self.check(z)
         if per_step < 1:
             raise ValueError(f"per_step must be at least 1, not {per_step}")

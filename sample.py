@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from a3 import A3, RULES
+from a3 import RULES
 from plumbing import checkpoint, cli, pictures
 from plumbing.cli import flag, refuse
 from plumbing.tokenizers import tokenizer_of
@@ -29,10 +29,10 @@ class Settings:
     num_samples: int = flag(3, "how many", least=1, below=2**20)
     temperature: float = flag(1.0, "0: always the likeliest", least=0)
     top_k: int | None = flag(None, "draw among the k likeliest tokens only", least=1)
-    top_p: float | None = flag(None, "or the fewest of this probability", least=1e-9)
+    top_p: float | None = flag(None, "or among the fewest of this probability together", least=1e-9)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
     drafts: int = flag(
-        1, "a3, loa3: tokens drafted a call, 2 to 8; not another distribution", least=1, below=65
+        1, "a3, loa3: tokens drafted a call, try 2 to 8; the distribution stays", least=1, below=65
     )
     by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
     show: str = flag("text", "or its order", ("text", "order"))
@@ -59,16 +59,16 @@ def write(model, x, length, end, how):
     all have come to their end, and the call that revealed each, -1 if given. Beyond its window the
     model reads the last half of one, in whole blocks, and fills the other.
 
-    A short text is followed by [MASK]s up to seq_len, as a diffusion model has only seen windows of
-    that length. They get filled too: it is drawn as if the text went on in every possible way. For
-    an A3, what is not decoded is not there."""
+    A short text is followed by [MASK]s up to the end of its block, as a diffusion model has only
+    seen whole ones. They get filled too: it is drawn as if the text went on in every possible way.
+    An ARM and an A3 have blocks of one: what is not asked for is not there."""
     L, K = model.config.seq_len, getattr(model.config, "block_len", 1)
     keep, n = L // 2 // K * K or L // 2, x.shape[1]
     at, done, calls = torch.full_like(x, -1), False, 0
     while not done:
         begin = 0 if n < L or n == length else n - keep
         wanted = min(L, length - begin)
-        z = x.new_full((len(x), wanted if isinstance(model, A3) else L), model.mask_id)
+        z = x.new_full((len(x), -(-wanted // K) * K), model.mask_id)  # whole blocks
         z[:, : n - begin] = x[:, begin:n]
         y, when = (t[:, :wanted] for t in model.sample(z, **how))
         x = torch.cat((x[:, :begin], y), dim=1)

@@ -10,7 +10,7 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
 Settings left out follow the preset, and the preset the device. All that is random in a step follows
-from the seed, the step and the micro-batch: a run that was killed goes on as if nothing had been,
+from the seed, the step and the micro-batch: a run that was killed goes on exactly as it would have,
 and N processes do what one does with the same --gradient_accumulation_steps.
 """
 
@@ -101,9 +101,9 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    dropout: float | None = flag(None, "[0; preset base: 0.2]")
-    block_len: int | None = flag(None, "of each [block: 16]", least=1, only="block " + WITH_ORDER)
-    weights: str = flag("normsig", "or exp, unbounded", ("normsig", "exp"), only=WITH_ORDER)
+    dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: the ARM's, or 0]")
+    block_len: int | None = flag(None, "tokens [block: 16]", least=1, only="block " + WITH_ORDER)
+    weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=WITH_ORDER)
     c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only=WITH_ORDER)
     c2: float = flag(0.65, "0 keeps the order uniform", only=WITH_ORDER)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
@@ -178,9 +178,9 @@ def spread(n, L, most):
 
 
 def get_batch(s, text, step, m, device):
-    """Windows (batch_size, seq_len) for micro-batch m. Seeds all that is drawn after them, too."""
+    """Windows (batch_size, seq_len) for micro-batch m. Its seed also decides orders and dropout."""
     seed = np.random.SeedSequence((s.seed, step, m + 1)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(seed))  # m + 1, as SeedSequence ignores zeros at the end
+    torch.manual_seed(int(seed))  # m + 1: SeedSequence takes (7,) and (7, 0) for the same
     each = s.text_len or 1  # windows begin where texts begin
     starts = torch.randint((len(text) - s.seq_len) // each + 1, (s.batch_size,)) * each
     return windows(text, starts, s.seq_len, device)
@@ -216,8 +216,8 @@ def train(s, device, corpus, model, ckpt, about):
     """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between two
     steps, all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
     out, named = Path(s.out_dir), dict(model.named_parameters())
-    # The order of loa3 waits until the network knows some: what is easy to learn first is not what
-    # is best. A large eps: it moves by evidence, where Adam by itself would blow up noise.
+    # The order of loa3 waits until the network has learned something: what is easy to learn first
+    # is not what is best. No clipping, and a large eps: by itself Adam would blow up noise.
     choices = [named.pop(name) for name in list(named) if name.startswith("order.")]
     weights = list(named.values())
     matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
@@ -249,7 +249,7 @@ def train(s, device, corpus, model, ckpt, about):
                 each.append(torch.stack(list(metrics.values())))
             processes.average_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
-            for i, group in enumerate(optimizer.param_groups):  # the last: the order
+            for i, group in enumerate(optimizer.param_groups):  # 2: loa3's order
                 group["lr"] = lr if i < 2 or step >= s.lr_decay_iters // 3 else 0.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -257,12 +257,12 @@ def train(s, device, corpus, model, ckpt, about):
                 new, now = 1 - s.ema if step else 1.0, [p.data for p in model.parameters()]
                 torch._foreach_lerp_(list(used.parameters()), now, new)
             # kept on the device: to read a number, the CPU would have to wait for the GPU
-            pending.append(torch.cat((norm.detach()[None], torch.stack(each).mean(0))))
+            pending.append(torch.cat((norm[None], torch.stack(each).mean(0))))
             step += 1
             bar.update()
 
             due = step % s.eval_interval == 0 or step == s.max_iters
-            stopping = processes.any_of(stop, device)  # all stop at the same step
+            stopping = processes.any_of(stop, device)  # all stop at one step, so all wait
             if not (due or step % s.log_interval == 0 or stopping):
                 continue
             numbers = processes.mean(torch.stack(pending)).cpu().double()  # (steps, numbers)
@@ -300,20 +300,20 @@ def train(s, device, corpus, model, ckpt, about):
 # ---- start ---------------------------------------------------------------------------------------
 def pretrained(s):
     """The LLaMA or ARM that --init_from names as an A3, and the ARM's tokenizer."""
-    folder, s.dropout = Path(s.init_from), s.dropout or 0.0
-    fields = dict(left_neighbour=s.left_neighbour, dropout=s.dropout)
+    folder, fields = Path(s.init_from), dict(left_neighbour=s.left_neighbour)
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
             other = s.tokenizer not in (None, s.init_from)
             refuse(other, f"--tokenizer is that of {s.init_from}; leave it out")
-            s.tokenizer = s.init_from
+            s.tokenizer, s.dropout = s.init_from, s.dropout or 0.0
             L = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
-            return llama.from_pretrained(folder, L, **fields), None
+            return llama.from_pretrained(folder, L, dropout=s.dropout, **fields), None
         refuse(not (folder / "ckpt.pt").is_file(), f"--init_from {folder}: no LLaMA, no ARM there")
         ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
         refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")
+        s.dropout = arm.config.dropout if s.dropout is None else s.dropout
         sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}
-        model = a3.A3(a3.Config(**sizes, **fields))
+        model = a3.A3(a3.Config(**sizes, **fields, dropout=s.dropout))
         model.load_arm(ckpt["model"])
     return model, ckpt["tokenizer"]
 
@@ -327,7 +327,8 @@ def new_model(s, vocab_size):
 
 
 def main(argv=None):
-    given, ckpt, model, held = cli.parse(Settings, argv, __doc__, PRESETS), None, None, None
+    given, ckpt, model = cli.parse(Settings, argv, __doc__, PRESETS), None, None
+    held = wanted = None  # the lock of out_dir, the tokenizer that --init_from asks for
     out = Path(given.get("out_dir", Settings.out_dir))
     given |= processes.join(given.get("device"))
     s = Settings(**given)
@@ -349,7 +350,7 @@ def main(argv=None):
     refuse(not processes.agree(corpus.sha256), "the processes have different texts; see --data")
     changed = ckpt and ckpt["data_sha256"] != corpus.sha256
     refuse(changed, f"--data {s.data} is not the text that this run began with")
-    other = not ckpt and model and tokenizer.state != (wanted or tokenizer.state)
+    other = wanted and tokenizer.state != wanted
     refuse(other, f"{s.init_from} has another vocabulary than --data {s.data}")
     small = model and model.config.vocab_size < tokenizer.size
     refuse(small, f"{s.init_from} has fewer embeddings than its tokenizer has tokens")

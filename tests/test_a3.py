@@ -831,17 +831,43 @@ def test_loss_compiles_to_one_graph():
         for groups in (random_groups(8, 5, size), random_groups(8, 5, size)):
             want, _ = model.loss(x, groups)
             torch.testing.assert_close(compiled(x, groups, size == 1)[0], want)
+    compiled(x)  # random_groups() of one token, which it knows
 
 
-@pytest.mark.parametrize("n_in, n_out, bias", [(6, 8, False), (6, 8, True), (4, 7, False)])
-def test_few_rows_are_multiplied_like_many(n_in, n_out, bias):
-    """Up to 8 rows go another way, W h^T in two halves: same values, same gradients."""
-    W = a3.Linear(n_in, n_out, bias=bias)
-    for shape in ((1, 1), (1, 8), (4, 2), (3, 3), (0, 1)):
-        h = torch.randn(*shape, n_in, requires_grad=True)
-        want = h @ W.weight.T + (W.bias if bias else 0.0)
-        assert torch.allclose(W(h), want, atol=1e-12)
-        assert torch.allclose(W(h, slice(2, 6)), want[..., 2:6], atol=1e-12)
-        tensors = [h, *W.parameters()]
-        got, want = (torch.autograd.grad(t.square().sum(), tensors) for t in (W(h), want))
-        assert all(torch.allclose(g, w, atol=1e-12) for g, w in zip(got, want, strict=True))
+def test_decoding_a_truth_draws_nothing():
+    model, x = make(), torch.randint(V, (8, 5))
+    state = torch.get_rng_state()
+    for by in ("left", "confidence", "entropy", "margin"):
+        model.decoder_log_prob(x, by)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_is_for_training():
+    """On embeddings and in every block; none of it in eval()."""
+    plain, x = make(), texts(5)[::30]
+    model, groups = make(dropout=0.5), chunk_groups(len(x), 5)
+    assert torch.equal(model(x, groups), plain(x, groups))
+    model.train()
+
+    def is_random():
+        return not torch.equal(model(x, groups), model(x, groups))
+
+    assert is_random()
+    for block in model.blocks:
+        block.dropout = 0.0
+    assert is_random()  # on embeddings it goes on
+    model.config.dropout = 0.0
+    assert not is_random()
+    for block in model.blocks:
+        block.dropout = 0.5
+        assert is_random()
+        block.dropout = 0.0
+
+
+def test_residual_branches_begin_smaller():
+    """As GPT-2: by the root of twice the layers."""
+    torch.manual_seed(0)
+    model = A3(Config(V, 5, 8, n_head=2, n_embd=64))
+    for name, std in (("qkv", 0.02), ("gate_up", 0.02), ("proj", 0.005), ("down", 0.005)):
+        weight = getattr(model.blocks[3], name).weight
+        assert weight.std().item() == pytest.approx(std, rel=0.05), name

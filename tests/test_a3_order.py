@@ -181,17 +181,18 @@ def test_expected_gradient_of_the_loss_is_that_of_the_bound(monkeypatch, random_
 
 
 def test_a_choice_answers_for_what_comes_after_it(monkeypatch):
-    """The loss's surrogate by hand, for one pair of orders: of each step, its cost and those after
-    it, less the same of the other text, times grad log q."""
-    model, x = make(3, 2, seed=1), torch.tensor([[0, 1, 1], [0, 0, 0]])
-    order = torch.tensor([[2, 0, 1], [1, 0, 2]])
+    """The loss's surrogate by hand, for an order of each of three texts: of each step, its cost and
+    those after it, less the mean of the same of the other texts, times grad log q."""
+    model, x = make(3, 2, seed=1), torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]])
+    order = torch.tensor([[2, 0, 1], [1, 0, 2], [0, 1, 2]])
     drawn(monkeypatch, order)
     log_q_hat, log_q = model.order_log_probs(x, order)
     nll = -model.log_prob(x, order.argsort(1)).gather(1, order)
     cost, want = (nll + log_q - log_q_hat), 0
-    for row, k in itertools.product(range(2), range(3)):
-        better = cost[row, k:].sum() - cost[1 - row, k:].sum()
-        want = want + (cost[row, k] + better.detach() * log_q[row, k]) / 6
+    for row, k in itertools.product(range(3), range(3)):
+        others = sum(cost[other, k:].sum() for other in range(3) if other != row) / 2
+        better = cost[row, k:].sum() - others
+        want = want + (cost[row, k] + better.detach() * log_q[row, k]) / 9
     got = model.order_loss(x)[0]
     assert torch.allclose(gradient(got, model), gradient(want, model), atol=1e-12)
 

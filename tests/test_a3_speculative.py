@@ -172,3 +172,31 @@ def test_errors():
             model.sample(z, drafts=2, **how)
     y, at = model.sample(z, drafts=2)
     assert (y < V).all() and torch.equal(at, chunk_groups(2, L))
+
+
+def by_hand(p, temperature=1.0, top_k=None, top_p=1.0):
+    """A distribution, a list: sharpened; then its likeliest until they have top_p."""
+    p = [q ** (1 / temperature) for q in p]
+    p, kept, mass = [q / sum(p) for q in p], [0.0] * len(p), 0.0
+    for i in sorted(range(len(p)), key=lambda i: -p[i])[:top_k]:
+        if mass < top_p:
+            kept[i], mass = p[i], mass + p[i]
+    return [q / sum(kept) for q in kept]
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("how", [dict(temperature=0.5), dict(top_k=2), dict(top_p=0.6)], ids=str)
+def test_drafts_of_the_likely(how, drafts):
+    """Drafted or not, every token is drawn from what temperature, top_k and top_p make of p."""
+    model, groups = make(), torch.tensor([ORDERS["another order"]])
+    rows = torch.tensor(list(itertools.product(range(V), repeat=L)))
+    with torch.no_grad():
+        each = model(rows, groups.expand(len(rows), L)).softmax(-1).tolist()
+    p = torch.tensor([
+        math.prod(by_hand(q, **how)[token] for q, token in zip(*row, strict=True))
+        for row in zip(each, rows.tolist(), strict=True)
+    ])  # fmt: skip
+    assert p.sum().item() == pytest.approx(1)
+    x, g = torch.zeros(5000, L).long(), torch.Generator().manual_seed(1)
+    y, _ = model.generate_speculative(x, groups.expand(5000, L), drafts, generator=g, **how)
+    assert deviation(y, p, (rows * V ** torch.arange(L)).sum(1)) < 4
