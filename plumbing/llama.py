@@ -11,7 +11,7 @@ import torch
 
 from a3 import A3, Config
 
-BAD = OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError
+BAD = OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError  # of bad files
 LLAMA_PARTS = {
     "wte": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
     "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
@@ -66,8 +66,9 @@ def llama_config(c, seq_len):
 @torch.no_grad()
 def from_pretrained(folder, seq_len=None, **changes):
     """A LLaMA or a relative, a folder in Hugging Face's format, as an A3 in float32: as load_arm()
-    is for an ARM of ours. Learned positions begin as zeros. seq_len: None takes all its context;
-    changes: fields of Config. ValueError, one line, for what does not fit. Needs safetensors."""
+    is for an ARM of ours. Learned positions begin as zeros. seq_len: None takes all its context,
+    which may be long: positions=False saves its wpe. changes: fields of Config. ValueError, one
+    line, for what does not fit. Needs safetensors."""
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
@@ -75,17 +76,17 @@ def from_pretrained(folder, seq_len=None, **changes):
         theirs = json.loads((folder / "config.json").read_text("utf-8"))
         model = A3(Config(**(llama_config(theirs, seq_len) | changes)))
         kv = model.config.n_kv_head * model.config.head_dim
-        names, index = {"": "model.safetensors"}, folder / "model.safetensors.index.json"
+        shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
         if index.is_file():
-            names = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = [safe_open(folder / name, "pt") for name in sorted(set(names.values()))]
-        files = {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
+            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        shards = [safe_open(folder / name, "pt") for name in shards]
+        holds = {tensor: shard for shard in shards for tensor in shard.keys()}  # noqa: SIM118
         for name, p in model.named_parameters():
             *layer, part, kind = f".{name}".split(".")  # blocks 3 qkv weight, or norm weight
             where = f"model.layers.{layer[2]}." if layer[2:] else ""
             parts = [f"{where}{their}.{kind}" for their in LLAMA_PARTS.get(part, ())]
             if parts:
-                rows = [files.pop(their).get_tensor(their) for their in parts]
+                rows = [holds.pop(their).get_tensor(their) for their in parts]
                 if part == "qkv" and not len(rows[1]) == len(rows[2]) == kv:
                     raise ValueError(f"{parts[1]} and {parts[2]} must have {kv} rows")
                 rows = torch.cat(rows)
@@ -93,9 +94,9 @@ def from_pretrained(folder, seq_len=None, **changes):
                 if len(rows) != n or rows.shape[1:] != p.shape[1:]:
                     raise ValueError(f"{parts} is {tuple(rows.shape)}, not {tuple(p.shape)}")
                 p[: len(rows)] = rows
-        spare = "rotary_emb.inv_freq", "lm_head.weight" if model.config.tied else "inv_freq"
-        if files := [name for name in files if not name.endswith(spare)]:
-            raise ValueError(f"no place for {files[0]} in this model")
+        spare = ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + model.config.tied]
+        if left := [name for name in holds if not name.endswith(spare)]:
+            raise ValueError(f"no place for {left[0]} in this model")
     except (*BAD, SafetensorError) as e:
         raise ValueError(f"{folder} cannot be loaded: {type(e).__name__} {e}") from None
     model.query[:] = model.wte.weight.mean(0)
