@@ -224,9 +224,11 @@ def test_loss_against_compute(logs, monkeypatch):
     names = [f"{name}_1x{width}" for name in ("arm", "a3", "mdm") for width in (2, 4, 8)]
     sizes = {name: ("--model arm", 1) for name in names}
     monkeypatch.setattr(run_all, "GROUPS", [("", [1], sizes)])
+    monkeypatch.setattr(run_all, "MEASURES", {f"count_1x{w}": ("bench", 1) for w in (2, 4, 8)})
     for width in (2, 4, 8):
         (logs / f"count_1x{width}.txt").write_text(
-            f"$\narm       0.1M   {width}.0   1\nmdm       0.1M   {width}.0   1\n"
+            f"$ python -m experiments.bench\narm       0.1M   {width}.0   1\n"
+            f"mdm       0.1M   {width}.0   1\n"
             f"loa3     0.1M  {1000 * width:,}.0  1\n"
         )
         write_log(f"arm_1x{width}", {"exact": [10 * (width * 240) ** -0.5]})
@@ -242,19 +244,38 @@ def test_loss_against_compute(logs, monkeypatch):
 
 
 def test_what_measurements_say(logs, monkeypatch):
-    monkeypatch.setattr(run_all, "MEASURES", {"speed": ("speed runs/arm_s2 runs/mdm_s1", 1)})
+    """As long as they are of today's runs, by today's command."""
+    measures = {"speed": ("speed runs/arm_s2 runs/mdm_s1", 1), "gone": ("speed runs/arm_s1", 1)}
+    monkeypatch.setattr(run_all, "MEASURES", measures)
     monkeypatch.setattr(run_all, "ALONE", {"alone": ("bench", 1)})
-    (logs / "speed.txt").write_text("$ python x\na machine\narm   3.5 (1.0)\n")
+    of = {item.name: run_all.heading(item) for item in run_all.items(cuda=False)}
+    (logs / "speed.txt").write_text(f"{of['speed']}\na machine\narm   3.5 (1.0)\n")
     assert report.find("speed", r"^arm\s+([\d.]+)") == "3.5"
     with pytest.raises(UserError, match="has no mdm"):
         report.find("speed", "mdm (.)")
     assert report.find("gone", "(.)") == report.NOT_YET and report.NOT_YET in report.output("gone")
+    with pytest.raises(UserError, match="has no measurement of the name sped"):
+        report.output("sped")
     size = "1 layers, 2 wide, 3 tokens of context, 20 steps of 4 windows"
-    text = "```\n$ python x\na machine\narm   3.5 (1.0)\n```"
+    text = f"```\n{of['speed']}\na machine\narm   3.5 (1.0)\n```"
     assert report.output("speed") == f"{text}\n\n*arm_s2, mdm_s1: {size}.*"
-    (logs / "alone.txt").write_text("$ python y\n")
-    assert report.output("alone") == "```\n$ python y\n```"  # needs no runs
+    (logs / "alone.txt").write_text("$ python -m experiments.bench\n")
+    assert report.output("alone") == "```\n$ python -m experiments.bench\n```"  # needs no runs
     assert report.made("arm") == f"{size}; a machine, float32"
+    with (logs / "mdm_s1" / "log.jsonl").open("a") as log:  # another run, of the same name
+        log.write("{}\n")
+    assert report.find("speed", "3") == report.NOT_YET
+    measures["gone"] = "speed runs/arm_s1 runs/arm_time_s2", 1  # and more runs, not there yet
+    (logs / "gone.txt").write_text(f"{of['gone']}\na machine\n")
+    assert report.NOT_YET in report.output("gone")
+
+
+def test_seeds_made_elsewhere_are_named(logs):
+    log = logs / "mdm_s2" / "log.jsonl"
+    log.write_text(log.read_text().replace("a machine", "another"))
+    note = "*On another: MDM (seed 2); all others on a machine.*"
+    assert report.losses("arm", "mdm").splitlines()[-2:] == ["", note]
+    assert "another" not in report.losses("arm", "arm_time")
 
 
 def test_a_run_as_it_goes_on(logs):
@@ -421,6 +442,9 @@ def test_runs_that_a_measurement_needs_are_made_again(run, work):
     item = measure("one", "print(1)", "runs/r")
     assert run_all.to_do([run], [run, item]) == []
     assert run_all.to_do([item], [run, item]) == [run, item]
+    first = log.read_text()
+    run_all.keep(run, "another machine")  # done again: what is measured of the first stays true
+    assert log.read_text() == first
     (work / "runs/r").mkdir()
     (work / "runs/r/ckpt.pt").touch()
     assert run_all.to_do([item], [run, item]) == [item]

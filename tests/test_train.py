@@ -478,15 +478,18 @@ def test_resume_with_another_text(work):
 
 
 def test_a3_starts_from_an_arm(work, capsys):
-    """The ARM's sizes are taken over and its weights are there before the first step; what is not
-    an ARM, or not of this text or size, is refused."""
-    train("--model arm --max_iters 20 --learning_rate 1e-2 --out_dir arm")
+    """The ARM's sizes and dropout are taken over, its weights are there before the first step; what
+    is not an ARM, or not of this text or size, is refused."""
+    train("--model arm --max_iters 20 --learning_rate 1e-2 --dropout 0.1 --out_dir arm")
     flags = "--data text.txt --data_dir tokens --device cpu --num_samples 0 --batch_size 4 "
     flags += "--max_iters 1 --model a3"
     train("--init_from arm --learning_rate 1e-9", base=flags)
     arm, adapted = checkpoint("arm/ckpt.pt"), checkpoint("out/ckpt.pt")
     for name in ("wte.weight", "blocks.0.qkv.weight", "lm_head.weight"):
         torch.testing.assert_close(adapted["model"][name], arm["model"][name], rtol=0, atol=1e-6)
+    assert adapted["config"]["dropout"] == adapted["settings"]["dropout"] == 0.1
+    train("--init_from arm --dropout 0.2", base=flags)
+    assert checkpoint("out/ckpt.pt")["config"]["dropout"] == 0.2
     with pytest.raises(UserError, match="--n_embd is not that of arm; leave it out"):
         train("--init_from arm --n_embd 32", base=flags)
     train("--model mdm --max_iters 1 --out_dir mdm")
