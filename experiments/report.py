@@ -129,7 +129,23 @@ def losses(*names):
             windows = times * statistics.mean(error for _, error in found.values())
             cells = label(name), size, seconds(name), shown(values), len(values), f"{windows:.4f}"
             out.append(row(*cells, kind))
-    return "\n".join(out)
+    return "\n".join(out + elsewhere(names))
+
+
+def elsewhere(names):
+    """A note on the seeds of these runs that were not made where most of them were."""
+    where = defaultdict(lambda: defaultdict(list))  # {hardware: {name: [seed]}}
+    for name in names:
+        for header, _ in logs(name):
+            where[header["hardware"]][name].append(str(header["settings"]["seed"]))
+    usual = max(where, key=lambda machine: sum(map(len, where[machine].values())), default=None)
+    notes = [
+        f"On {machine}: "
+        + ", ".join(f"{label(name)} (seed {', '.join(some)})" for name, some in runs.items())
+        for machine, runs in where.items()
+        if machine != usual
+    ]
+    return ["", f"*{'; '.join(notes)}; all others on {usual}.*"] if notes else []
 
 
 def pairs(*names):
@@ -159,13 +175,21 @@ def each(name, times="1"):
     return ", ".join(f"{int(times) * value:.4f}" for value in values) or NOT_YET
 
 
+def measurement(name):
+    """The item of this name, and what it has printed, None unless that is of today's runs."""
+    found = [item for item in everything() if item.name == name]
+    refuse(not found, f"page.md: run_all.py has no measurement of the name {name}")
+    path, done = run_all.LOGS / f"{name}.txt", run_all.state(found[0]) == "done"
+    return found[0], path.read_text("utf-8") if done else None
+
+
 def find(name, pattern):
     """Inline: what the group in a pattern, in which \\s is a space, finds in a measurement."""
-    path = run_all.LOGS / f"{name}.txt"
-    if not path.is_file():
+    _, text = measurement(name)
+    if text is None:
         return NOT_YET
-    found = re.search(pattern, path.read_text("utf-8"), re.M)
-    refuse(not found, f"page.md: {path} has no {pattern}")
+    found = re.search(pattern, text, re.M)
+    refuse(not found, f"page.md: what {name} printed has no {pattern}")
     return found[1]
 
 
@@ -177,16 +201,15 @@ def size_of(s):
 
 def output(name):
     """What a measurement has printed, with its command, and how large its runs are."""
-    path = run_all.LOGS / f"{name}.txt"
-    if not path.is_file():
+    item, text = measurement(name)
+    if text is None:
         return f"{NOT_YET}: {name}"
-    (item,) = [item for item in everything() if item.name == name]
     sizes = defaultdict(list)
     for run in sorted(run_all.needs(item)):
         header, *_ = checkpoint.read_log(run_all.LOGS / run)
         sizes[size_of(header["settings"])].append(run)
     of = "; ".join(f"{', '.join(runs)}: {size}" for size, runs in sizes.items())
-    return f"```\n{path.read_text('utf-8').rstrip()}\n```" + (f"\n\n*{of}.*" if of else "")
+    return f"```\n{text.rstrip()}\n```" + (f"\n\n*{of}.*" if of else "")
 
 
 def made(name):

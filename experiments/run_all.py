@@ -8,7 +8,8 @@ Makes every number of RESULTS.md: trains what is not there yet, measures, and wr
     python -m experiments.run_all --device cuda         the list for a GPU
 
 Runs are in runs/; their logs, and what measurements print, in experiments/logs/, which is
-committed. What is there, made by the same command from the same runs, is not made again. Ctrl-C
+committed. What is there, made by the same command from the same runs, is not made again; only a
+run whose checkpoint a measurement needs and does not find is, and its first log stands. Ctrl-C
 stops it: runs are saved and go on next time, measurements begin anew.
 """
 
@@ -67,6 +68,16 @@ GROUPS = [  # flags of all, seeds, {name: (its flags, about how many seconds it 
     (f"{FILM} --batch_size 32 {FILMS}", SEEDS, {
         "film_lomdm": ("--model lomdm", 130),
         "film_lomdm_exp": ("--model lomdm --weights exp", 130),
+        "film_lomdm_frozen": ("--model lomdm --c2 0", 130),
+    }),
+    (f"{FILM} --batch_size 32 --data automaton --max_iters 3000 --eval_interval 1000", SEEDS, {
+        "film_long_lomdm": ("--model lomdm", 390),
+        "film_long_lomdm_exp": ("--model lomdm --weights exp", 390),
+        "film_long_lomdm_frozen": ("--model lomdm --c2 0", 390),
+    }),
+    (f"{FILM} --batch_size 64 --data automaton --max_iters 3000 --eval_interval 1000", SEEDS, {
+        "film_long_arm": ("--model arm", 300), "film_long_mdm": ("--model mdm", 300),
+        "film_long_loa3": ("--model loa3", 450),
     }),
     (f"{FILM} --batch_size 64 --data automaton-both --max_iters 3000 --eval_interval 1000", SEEDS, {
         "both_arm": ("--model arm", 300), "both_loa3": ("--model loa3", 500),
@@ -115,8 +126,10 @@ def of(names, seeds=(1,)):
 
 
 MEASURES = {  # name: (command, about how many seconds)
-    "rows": (f"evidence rows {of('film_loa3 both_loa3', (1, 2, 3))}", 60),
-    "films": (f"evidence films {of('film_loa3 both_loa3', (1, 2, 3))}", 60),
+    "rows": (f"evidence rows {of('film_loa3 both_loa3', SEEDS)}", 60),
+    "rows_long": (f"evidence rows {of('film_long_lomdm_exp film_long_lomdm', SEEDS)}", 60),
+    "films": (f"evidence films {of('film_loa3 both_loa3', SEEDS)}", 60),
+    "films_long": (f"evidence films {of('film_long_lomdm_exp film_long_loa3', SEEDS)}", 60),
     "bounds": (f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}", 120),
     "order": (f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg", 60),
     "passage": (f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg", 9),
@@ -249,6 +262,8 @@ def hardware(cuda):
 def keep(item, machine):
     """Put the log of a run, or what a measurement printed, where it is committed."""
     if is_run(item):
+        if state(item) == "done":  # it was made again, for its checkpoint: the first log stands
+            return
         header, *rows = checkpoint.rows_of(RUNS / item.name)
         other = header["settings"]["data"] == "python-docs"  # train_char.py falls back to it
         what = "read Python's documentation, as Shakespeare was not to be had: with network, remove"
