@@ -153,6 +153,7 @@ def settle(s, device, like=None):
     refuse(wrong, f"--{[*wrong, ''][0]} is not that of {s.init_from}; leave it out")
     whole = s.model == "block" and not 1 < s.block_len < s.seq_len
     refuse(whole, f"--block_len: above 1 (--model arm), below {s.seq_len} (--model mdm)")
+    refuse(s.weights == "exp" and (s.c1, s.c2) != (0.7, 0.65), "--c1, --c2: for --weights normsig")
     refuse(s.min_lr > s.learning_rate, "--min_lr must not exceed --learning_rate")
     refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
     refuse(s.seq_len % (s.text_len or 1), f"--seq_len must hold whole texts, of {s.text_len}")

@@ -412,6 +412,7 @@ def test_without_network(work, monkeypatch, capsys):
         ("--resume --out_dir old", "not written by this version of train_char.py; train again"),
         ("--data= --val_data good", "--data is empty"),
         ("--init_from nowhere", "--init_from is for --model a3, not lomdm"),
+        ("--weights exp --c2 0", "--c1, --c2: for --weights normsig"),
         ("--max_iters 0", "--max_iters must be at least 1"),
         ("--learning_rate nan", "--learning_rate must be at least"),
         ("--beta2 1", "--beta2 must be below 1"),
