@@ -1,50 +1,58 @@
 """
-One objective from autoregression to a learned generation order: OeMDM and LoMDM, arXiv:2602.02112.
+From GPT to a learned generation order, in one loss. After OeMDM and LoMDM, arXiv:2602.02112.
 
-A masked diffusion model hides tokens and learns to fill them in. Give every position its own noise
-schedule, and the same loss trains, by its arguments alone,
+A GPT predicts the tokens of a text from left to right. A masked diffusion model (MDM) hides
+some tokens and learns to fill them in, so it can write in any order. This is its whole
+training step, for texts x (B, L) and a transformer without causal mask:
 
-    ARM              block_len = 1              left to right, the GPT you know
-    MDM              block_len = seq_len        any order, all equally likely (MDLM, LLaDA)
-    block diffusion  1 < block_len < seq_len    blocks left to right, any order inside (BD3-LM)
-    LoMDM            learn_order = True         an order that is learned, and depends on the text
+    turn = torch.rand(B, L).argsort(1)  # a random order: position i comes as number turn[i]
+    k = torch.randint(L, (B, 1))  # stop this order after k tokens
+    hidden = turn >= k  # (B, L): what comes later is hidden
+    logits = model(x.masked_fill(hidden, mask_id))  # (B, L, V): a guess at every position
+    nll = F.cross_entropy(logits.transpose(1, 2), x, reduction="none")  # (B, L)
+    loss = ((nll * hidden).sum(1) / hidden.sum(1)).mean()  # the hidden ones count
 
-x is a clean text (B, L), z the same text with some tokens replaced by [MASK], and mu(. | z) the
-network's token distribution at each position. Everything is in nats.
+Why does this loss bound -log p(x)? The model writes a text by drawing an order and then
+revealing the positions one after another. Let mu be its guess of a token. The probability of a
+text is a sum over all orders, as it may have been written in any of them:
 
-(1) The noise. Position i is still visible at time t with probability alpha^i(t), which falls from 1
-    at t = 0 to 0 at t = 1. Backwards in time, a masked i is revealed at the rate
-        A^i = -d_t alpha^i / (1 - alpha^i).                                     -> schedule()
+    p(x) = sum_order  prod_k  q_hat(order_k | revealed) mu(x at order_k | revealed)         (1)
 
-(2) The bound. In a short time dt two coins are tossed for a masked i: the noise, run backwards,
-    reveals it with probability A^i dt, the model with A_hat^i dt. The KL divergence of these coins
-    is (A log(A / A_hat) - A + A_hat) dt, and naming the revealed token costs -log mu. All of it
-    added up is at least -log p(x):                                             -> nelbo_rate()
-        -log p(x) <= int_0^1 E_z sum_{i masked} [ A^i (-log mu^i(x_i))                        recon
-                                                + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt order
+Here q_hat is the probability with which the model goes to position order_k next. For an MDM
+all hidden positions are equally likely. The sum has L! terms, so we bound it. The log of a
+mean is at least the mean of the logs. So for any distribution q of orders, even one that has
+seen the text,
 
-(3) The order. Take alpha^i = 1 - t^{w_i}: all masked positions S have rates w_i / t, so the next
-    one revealed is i with probability w_i / W, W = sum_S w. On the clock -log t, which runs
-    forward, i arrives at the time Exponential(1) / w_i: a Plackett-Luce ranking.  -> race()
-    In LoMDM one head of the network reads w off the clean x, to train and evaluate, never to
-    sample; another guesses w_hat from z: A_hat = w_hat / t, W_hat = sum_S w_hat.  -> Order
+    -log p(x) <= E_{order ~ q} sum_k [ -log mu + log q(order_k | ..) - log q_hat(order_k | ..) ]
+                                       token     what the order costs                        (2)
 
-(4) Time drops out. The text depends on the order of its positions only, so the part of (2) that
-    compares *when* they are revealed, [W log(W / W_hat) - W + W_hat] / t >= 0, can go. What is
-    left, the jump bound, is never looser. Nor does it need a time: reveal the first k positions of
-    a race, k uniform on {0..L-1}, let S be the rest, and                       -> jump_terms()
-        L sum_S (w_i / W) [ -log mu^i(x_i) + log(w_i / W) - log(w_hat_i / W_hat) ]
-    has the same expectation. For w = 1 it is the familiar (L / |S|) sum_S -log mu^i(x_i).
+The sum has L steps, and one step k drawn at random, times L, has the same mean. For an MDM, q
+= q_hat is uniform and the order costs nothing. That leaves the mean of -log mu over the hidden
+positions, times L: divided by L, the last of the six lines above.
 
-(5) The gradient in w. Autograd cannot see how w changes the outcome of a race: draw two for each x,
-    and let that with the smaller loss become likelier (REINFORCE, leave one out). -> LoMDM.loss()
+What if some orders are better than others? LoMDM gives every position a weight, and the next
+position is drawn from the hidden ones in proportion to the weights. For q, one head of the
+network reads the weights w off the clean text x, in training only. For q_hat, another head
+guesses them from what is revealed, and that guess w_hat is used to write. So the model pays,
+in (2), for every order that it cannot guess. The same class then contains four models:
 
-(6) n = L / K blocks of length K are revealed one after another. Each has its own clock, its own
-    race and its own term (4), with K for L; the terms add up.                  -> block_clocks()
+    ARM              block_len = 1             one position at a time, left to right: a GPT
+    MDM              block_len = seq_len       any order, all equally likely (MDLM, LLaDA)
+    block diffusion  1 < block_len < seq_len   blocks left to right, any order inside (BD3-LM)
+    LoMDM            learn_order = True        the order is learned, and depends on the text
+
+Everything is in nats (divide by ln 2 for bits). The sections of this file:
+
+    1  the network                      a transformer whose attention may see both sides
+    2  orders                           the race, and heads that choose its weights
+    3  the cost of one step             equation (2), for one k
+    4  the model                        what it reads, its loss, its bound, how it writes
+    5  tools for sampling               how sure is a guess, and how to draw a token
+    6  the same, cheaper                evenly spread k, a cache, logits in chunks
+    7  the papers' clock                the same bound as an integral over time, in full
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -53,120 +61,173 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+def need(holds, message):
+    """Raise ValueError(message) unless the condition holds."""
+    if not holds:
+        raise ValueError(message)
+
+
 @dataclass
 class Config:
-    vocab_size: int  # [MASK] comes on top of these, with the id vocab_size
+    vocab_size: int  # [MASK] comes on top of these tokens, with the id vocab_size
     seq_len: int
     n_layer: int
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    block_len: int | None = None  # None becomes seq_len, one block
+    block_len: int | None = None  # None means seq_len: one block
     learn_order: bool = False
-    weights: str = "normsig"  # or "exp", see Order
-    c1: float = 0.7
+    weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order
+    c1: float = 0.7  # of the paper's weights, with the paper's values
     c2: float = 0.65
 
     def __post_init__(self):
-        self.block_len = self.seq_len if self.block_len is None else self.block_len
+        if self.block_len is None:
+            self.block_len = self.seq_len
+
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "block_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        C, H, L, K = self.n_embd, self.n_head, self.seq_len, self.block_len
-        c1, c2, w = self.c1, self.c2, self.weights
-        for wrong, message in (  # rotary embeddings turn pairs of channels
-            (C % (2 * H), f"n_embd ({C}) must be divisible by n_head ({H}), with even quotient"),
-            (L % K, f"seq_len ({L}) must be divisible by block_len ({K})"),
-            (self.learn_order and K == 1, "learn_order at block_len 1: there is only one order"),
-            (not c1 > c2 >= 0, f"c1 ({c1}) must be above c2 ({c2}), and c2 not negative"),
-            (w not in ("normsig", "exp"), f"weights must be 'normsig' or 'exp', not {w!r}"),
-            (not 0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}"),
-        ):
-            if wrong:
-                raise ValueError(message)
+            value = getattr(self, name)
+            need(value >= 1, f"{name} must be at least 1, not {value}")
+
+        # Rotary embeddings turn pairs of channels, so every head needs an even number of them.
+        C, H = self.n_embd, self.n_head
+        even = f"n_embd ({C}) must be divisible by n_head ({H}), with even quotient"
+        need(C % (2 * H) == 0, even)
+        L, K = self.seq_len, self.block_len
+        need(L % K == 0, f"seq_len ({L}) must be divisible by block_len ({K})")
+        several = K > 1 or not self.learn_order
+        need(several, "learn_order at block_len 1: there is only one order")
+        c1, c2 = self.c1, self.c2
+        need(c1 > c2 >= 0, f"c1 ({c1}) must be above c2 ({c2}), and c2 not negative")
+        kinds = ("normsig", "exp")
+        need(self.weights in kinds, f"weights must be one of {kinds}, not {self.weights!r}")
+        need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
 
 
-# ---- the definition, (1) and (2) -----------------------------------------------------------------
-# The tests hold everything else to it; training uses (4).
-def schedule(tau, w=1.0, speed=1):
-    """Equation (1) on a clock tau in [0, 1], which for one block is the time t itself:
-        alpha^i = 1 - tau^{w_i},   A^i = speed w_i / tau,   speed = d tau / dt.
-    tau (B, 1) or (B, L); w a number or (B, L). Returns alpha and the velocity A, of their common
-    shape. A is 0 where the clock stands still: nothing is about to be revealed."""
-    running = (tau > 0) & (tau < 1)
-    velocity = torch.where(running, speed * w / torch.where(running, tau, 1.0), 0.0)
-    return 1 - tau**w, velocity
+# ---- 1. the network ----------------------------------------------------------------------
+# This is a GPT with the parts of LLaMA: RMSNorm, rotary embeddings, a gated MLP. Only the
+# attention mask differs between the models, and each model says in section 4 which mask it
+# wants.
 
 
-def nelbo_rate(log_probs, x, masked, velocity, velocity_hat):
-    """The integrand of the bound (2) for one z_t. log_probs (B, L, V) are log mu at z_t; all else
-    is (B, L): the clean tokens x, where z_t hides them, the rates A of the noise and A_hat of the
-    model. Returns recon and order (B,), nats per unit of time; order >= 0, and 0 if they agree.
-    At random times A has the second moment int w^2 t^{w-2} dt, infinite if w <= 1: hence (4)."""
-    nll = -log_probs.gather(-1, x[..., None]).squeeze(-1)  # (B, L)
-    A, A_hat = velocity, velocity_hat
-    order = torch.xlogy(A, A) - torch.xlogy(A, A_hat) - A + A_hat  # xlogy: 0 log 0 is 0
-    return (A * nll * masked).sum(-1), (order * masked).sum(-1)
+def rotary_tables(pos, head_dim):
+    """cos and sin (.., T, head_dim) of the angles by which rotate() turns what is at positions
+    pos (.., T). Pair j of the channels turns by 10000^(-2 j / head_dim) radians for every
+    position."""
+    j = torch.arange(0, head_dim, 2, device=pos.device)
+    radians = 1e4 ** (-j / head_dim)  # (head_dim / 2,)
+
+    # rotate() adds the first channel of a pair to the second and subtracts the second from the
+    # first. The minus sign is put into the table.
+    angle = pos[..., None] * torch.cat((-radians, radians))  # (.., T, head_dim)
+    return angle.cos(), angle.sin()
 
 
-# ---- the same bound without a clock, (3) and (4) -------------------------------------------------
+def rotate(q, cos, sin):
+    """Rotary position embedding of q (.., T, head_dim). It turns each pair of channels j and
+    j + head_dim / 2 by its angle, so that the product of a query and a key depends on their
+    distance. roll() swaps the two channels of every pair."""
+    return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
+
+
+CAUSAL = "causal"  # a mask that need not be built: each place sees itself and those before it
+
+
+class Block(nn.Module):
+    """Attention and a gated MLP, each on a normalised copy of the residual stream h, no
+    biases."""
+
+    def __init__(self, config, dropout):
+        super().__init__()
+        C = config.n_embd
+        hidden = 32 * math.ceil(8 * C / 3 / 32)  # as many parameters as 4 C without a gate
+        self.n_head = config.n_head
+        self.dropout = dropout
+        self.norm1 = nn.RMSNorm(C, eps=1e-5)
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
+        self.norm2 = nn.RMSNorm(C, eps=1e-5)
+        self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, C, bias=False)
+
+    def forward(self, h, rotary, mask, rows=None):
+        """h (B, T, C) -> (B, T, C). rotary comes from rotary_tables(). The mask tells who sees
+        whom: None if all see all, CAUSAL, or a table (T, T) in which a row sees a column if
+        True. With rows, only the first `rows` places are wanted, (B, rows, C). The others are
+        read."""
+        q, k, v = self.project(h, rotary)
+        if rows is not None:
+            return self.attend(h[:, :rows], q[:, :, :rows], k, v, mask[:rows])
+        return self.attend(h, q, k, v, mask)
+
+    def project(self, h, rotary):
+        """Queries, keys and values of h (B, T, C): (B, n_head, T, head_dim) each."""
+        B, T, C = h.shape
+        qkv = self.qkv(self.norm1(h))  # (B, T, 3 C)
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], *rotary)  # both at once
+        return q, k, qkv[2]
+
+    def attend(self, h, q, k, v, mask):
+        """The rest of the block, for places h (B, T, C) with queries q, given keys and
+        values."""
+        drop = self.dropout if self.training else 0.0
+
+        # y (B, n_head, T, head_dim): what each head found
+        if mask is CAUSAL:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, attn_mask=mask)
+        h = h + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), drop)
+
+        gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, T, hidden) each
+        return h + F.dropout(self.down(F.silu(gate) * up), drop)
+
+
+# ---- 2. orders ---------------------------------------------------------------------------
+# How do weights make an order? Position i draws the time Exponential(1) / w_i at which it
+# arrives, and the positions are sorted by their times. Then the next one to arrive is i with
+# probability w_i / (sum of the weights that are still on their way). This is called a
+# Plackett-Luce ranking.
+#
+#     w               0.5   4.0   1.0      order         [1, 2, 0]   first comes position 1
+#     arrival times   3.1   0.2   0.9      its argsort   [2, 0, 1]   position 0 has rank 2
+#
+# The argsort of an order gives each position's rank, and the argsort of the ranks is the
+# order.
+
+
 def race(w, generator=None):
-    """Draw a Plackett-Luce order (3): i arrives at the time Exponential(1) / w_i. w (..., K) >= 0.
-    Returns the positions in order of arrival, (..., K), those of weight 0 last."""
-    return (torch.empty_like(w).exponential_(generator=generator) / w).argsort(dim=-1)
+    """Draw an order by weights w (.., K) >= 0: the positions in order of arrival, (.., K).
+    Those of weight 0 come last."""
+    arrival = torch.empty_like(w).exponential_(generator=generator) / w
+    return arrival.argsort(dim=-1)
 
 
 def prefix_log_prob(w, order, k):
-    """log q of the first k (...,) places of a race: sum_{j < k} log(w_{order_j} / weight that is
-    still in the race at j). w, order (..., K). Returns (...,)."""
-    w = w.gather(-1, order)
+    """log q (..) of the first k (..) places of an order (.., K) that was drawn by weights w
+    (.., K): a sum over j < k of log(w of order_j / sum of the weights that had not arrived
+    before)."""
+    w = w.gather(-1, order)  # in order of arrival
     remaining = w.flip(-1).cumsum(-1).flip(-1)
-    prefix = torch.arange(w.shape[-1], device=w.device) < k[..., None]
-    return torch.where(prefix, w / remaining, 1.0).log().sum(-1)
+    in_prefix = torch.arange(w.shape[-1], device=w.device) < k[..., None]
+    return torch.where(in_prefix, w / remaining, 1.0).log().sum(-1)
 
 
-def jump_terms(nll, w, w_hat, masked):
-    """Equation (4) for one set S of masked positions. nll -log mu^i(x_i), weights w and w_hat,
-    masked bool: (..., K) each. Returns (...,) each, in nats for all K steps of the order, of which
-    this is one: recon; order >= 0; and timing >= 0, which (2) has on top of (4): jumps come at the
-    rate W / t, so an integral over time of g(S) / t is the mean of a sum over jumps of g(S) / W."""
-    K, W, W_hat = w.shape[-1], (w * masked).sum(-1, True), (w_hat * masked).sum(-1, True)
-    p = torch.where(masked, w / W, 1.0)  # who is next: 1 where visible, as log 1 = 0
-    p_hat = torch.where(masked, w_hat / W_hat, 1.0)
-    recon, order = (p * nll * masked).sum(-1), (p * (p.log() - p_hat.log())).sum(-1)
-    timing = (W_hat / W - 1 - (W_hat / W).log()).squeeze(-1)
-    return K * recon, K * order, K * timing
-
-
-# ---- blocks, (6) ---------------------------------------------------------------------------------
-def block_clocks(t, L, K):
-    """While t (B, 1) falls from 1 to 0, n = L / K blocks take turns, block 0 first, each on a clock
-    that runs n times as fast: tau_b(t) = clamp(n t - (n - 1 - b), 0, 1). Returns (B, L)."""
-    n, b = L // K, torch.arange(L, device=t.device) // K  # b (L,)
-    return (n * t - (n - 1 - b)).clamp(0, 1)
-
-
-def spread_counts(B, n, K, generator=None, device=None):
-    """How many positions of each block are revealed: k (B, n), each uniform on {0..K-1}, together
-    spread evenly: a batch that is all hard or all easy is mere noise. The N = B n blocks are
-    numbered, those of a text about B apart, and number j reveals ((j K + turn) mod N K) // N."""
-    N = B * n
-    row, b = torch.arange(B, device=device)[:, None], torch.arange(n, device=device)
-    number = (row + b * B // n) % B * n + b  # (B, n): 0 .. N - 1
-    turn = torch.randint(N * K, (1,), generator=generator, device=device)
-    return (number * K + turn) % (N * K) // N
-
-
-# ---- the learned order, (3) ----------------------------------------------------------------------
 class Order(nn.Module):
-    """Weights from features: one more block of the network, a linear map to a number v_i for each
-    position, and one of two ways to make a weight of it. The mean is over i's block.
-        normsig  w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j)), the paper's. Only c2 / c1
-                 matters to the bound, since t -> t^c1 is a change of clock; c2 = 0 is MDM
-        exp      w_i = exp(u_i - mean_j u_j), u = 8 tanh(v / 8)
-    The zero map at the start makes all w equal, which is exactly MDM: training leaves the uniform
-    order only if that pays. The order reads the backbone's features but does not shape them, hence
-    stop-gradient. No dropout of its own: w_hat is to match w, and noise in either costs nats."""
+    """A head that reads weights off the features of a text: one more block of the network, a
+    linear map to a number v_i at each position, and one of two ways to make a positive weight
+    of it. The means are over the positions j of i's block.
+
+        normsig   w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j))       the paper's
+        exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     up to e^16 to 1
+
+    The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
+    It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
+    matters, as weights that are all doubled give the same orders.
+
+    The head does not shape the features that it reads, hence detach(). It has no dropout, as
+    w_hat is to match w, and noise in either costs nats."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,103 +236,73 @@ class Order(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, h, rotary, sees, L, cache=None):
-        """h (B, T, n_embd), and how a block attends to it -> weights (B, L) of the first L."""
-        v = self.score(self.norm(self.block(h.detach(), rotary, sees, L, cache)))  # (B, L, 1)
-        v = v.to(torch.promote_types(v.dtype, torch.float32))  # (B, L, 1)
-        return self.squash(v.view(len(v), -1, min(L, self.config.block_len))).flatten(1)  # (B, L)
+    def forward(self, h, rotary, mask, rows=None):
+        """Features h (B, T, C) -> weights (B, T), or (B, rows) of the first `rows` places."""
+        return self.weigh(self.block(h.detach(), rotary, mask, rows))
 
-    def squash(self, v):  # (B, n, K) -> (B, n, K)
-        c = self.config
-        if c.weights == "exp":
+    def weigh(self, h):
+        v = self.score(self.norm(h)).squeeze(-1)  # (B, T)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+
+        B, T = v.shape
+        v = v.view(B, -1, min(T, self.config.block_len))  # (B, n, K): n blocks of K positions
+        return self.squash(v).flatten(1)  # (B, T)
+
+    def squash(self, v):
+        """Numbers v (B, n, K) -> positive weights (B, n, K)."""
+        if self.config.weights == "exp":
             u = 8 * torch.tanh(v / 8)
             return (u - u.mean(-1, keepdim=True)).exp()
+
         s = torch.sigmoid(v)
-        return c.c1 + c.c2 * (s - s.mean(-1, keepdim=True))
+        return self.config.c1 + self.config.c2 * (s - s.mean(-1, keepdim=True))
 
 
-def uniform(h, rotary, sees, L, cache=None):
-    """What stands for an Order where none is learned: w = 1."""
-    return h.new_ones(len(h), L, dtype=torch.promote_types(h.dtype, torch.float32))
+class Uniform(nn.Module):
+    """It stands in the place of an Order where none is learned: all weights are 1."""
+
+    def forward(self, h, rotary, mask, rows=None):
+        float32 = torch.promote_types(h.dtype, torch.float32)
+        return h.new_ones(len(h), rows or h.shape[1], dtype=float32)
 
 
-# ---- the network: LLaMA's blocks -----------------------------------------------------------------
-def rotary_tables(pos, head_dim):
-    """cos and sin (T, head_dim) for rotate() at pos (T,), the first sin of each pair negated."""
-    j = torch.arange(0, head_dim, 2, device=pos.device)
-    f = 1e4 ** (-j / head_dim)  # radians per position
-    angle = pos[:, None] * torch.cat((-f, f))  # (T, head_dim)
-    return angle.cos(), angle.sin()
+# ---- 3. the cost of one step -------------------------------------------------------------
 
 
-def rotate(q, cos, sin):
-    """Rotary position embedding of q (..., T, head_dim): turn each pair of channels j and
-    j + head_dim / 2 by its angle. roll() swaps the two."""
-    return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
+def jump_terms(nll, w, w_hat, hidden):
+    """Equation (2) for one step k, times the number of steps K. At this step the positions
+    `hidden` are left, and W and W_hat are the sums of their weights. The next position is i
+    with probability w_i / W, so the expected cost of the step is
+
+        sum over hidden i of  (w_i / W) [ nll_i + log(w_i / W) - log(w_hat_i / W_hat) ]
+
+    All arguments are (.., K): nll is -log mu of the true tokens, hidden is bool with at least
+    one True. Returns three tensors (..) in nats:
+        recon    what the token costs
+        order    what the order costs, a KL divergence: at least 0, and 0 if w_hat is w
+        timing   what the papers' bound has on top, at least 0: see section 7"""
+    K = nll.shape[-1]
+    W = (w * hidden).sum(-1, keepdim=True)
+    W_hat = (w_hat * hidden).sum(-1, keepdim=True)
+
+    # Who is next? Where nothing is hidden p is set to 1, so that its logarithm is 0.
+    p = torch.where(hidden, w / W, 1.0)
+    p_hat = torch.where(hidden, w_hat / W_hat, 1.0)
+
+    recon = (p * nll * hidden).sum(-1)
+    order = (p * (p.log() - p_hat.log())).sum(-1)
+    timing = (W_hat / W - 1 - (W_hat / W).log()).squeeze(-1)
+    return K * recon, K * order, K * timing
 
 
-class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, without biases."""
-
-    def __init__(self, config, dropout):
-        super().__init__()
-        C = config.n_embd
-        hidden = 32 * math.ceil(8 * C / 3 / 32)  # as many parameters as a 4 C wide MLP without gate
-        self.n_head, self.dropout = config.n_head, dropout
-        self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = nn.Linear(C, 3 * C, bias=False)
-        self.proj = nn.Linear(C, C, bias=False)
-        self.norm2 = nn.RMSNorm(C, eps=1e-5)
-        self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, C, bias=False)
-
-    def forward(self, h, rotary, sees, rows=None, cache=None):
-        """h (B, T, C) -> its first `rows` places, (B, rows, C), None: all. sees: the mask argument
-        of scaled_dot_product_attention, {} if all see all. cache (keys and values of each layer,
-        begin): these T places come after its first `begin`, see them too, and are added to it."""
-        B, T, _ = h.shape
-        drop = self.dropout if self.training else 0.0
-        qkv = self.qkv(self.norm1(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]  # (B, n_head, T, head_dim) each
-        if cache is not None:
-            held, begin = cache
-            held[self][:, :, :, begin : begin + T] = torch.stack((k, v))
-            k, v = held[self][:, :, :, : begin + T]  # (B, n_head, begin + T, head_dim) each
-        sees = {name: m if m is True else m[:rows] for name, m in sees.items()}  # a mask's rows
-        y = F.scaled_dot_product_attention(q[:, :, :rows], k, v, dropout_p=drop, **sees)
-        h = h[:, :rows] + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), drop)
-        gate, up = self.gate_up(self.norm2(h)).chunk(2, dim=-1)  # (B, rows, hidden) each
-        return h + F.dropout(self.down(F.silu(gate) * up), drop)
-
-
-def certainty(logits, by):
-    """Which positions come next, logits (B, K, V) -> (B, K): those with the largest of these."""
-    p = F.softmax(logits, dim=-1)
-    if by == "entropy":
-        return torch.xlogy(p, p).sum(-1)  # minus the entropy
-    if by not in ("confidence", "margin"):
-        raise ValueError(f"by must be order, left, random, confidence, entropy or margin: {by!r}")
-    top = p.topk(min(2, p.shape[-1])).values
-    return top[..., 0] - top[..., -1] * (by == "margin")
-
-
-def draw(logits, generator=None, temperature=1.0, top_k=None, top_p=None):
-    """One token from each of logits (B, m, V): (B, m). Temperature 0 takes the likeliest. Of the
-    top_k likeliest only; of the fewest that together have the probability top_p."""
-    k, mass = logits.shape[-1] if top_k is None else top_k, 1.0 if top_p is None else top_p
-    if not (0 <= temperature < math.inf and k >= 1 and 0 < mass <= 1):
-        raise ValueError("temperature must be >= 0, top_k >= 1 or None, top_p in (0, 1] or None")
-    logits = logits - logits.amax(-1, keepdim=True)  # the best is 0: safe to divide
-    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
-    if k < p.shape[-1] or mass < 1:
-        likely, i = p.sort(dim=-1, descending=True)
-        likely = (likely * (likely.cumsum(-1) - likely < mass))[..., :k]
-        p = torch.zeros_like(p).scatter(-1, i[..., :k], likely)
-    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(logits.shape[:-1])
+# ---- 4. the model ------------------------------------------------------------------------
 
 
 class LoMDM(nn.Module):
-    """The network and its bound. One class is ARM, MDM, block diffusion and LoMDM: see Config."""
+    """The network and its bound. One class is ARM, MDM, block diffusion and LoMDM: see Config.
+
+    Texts x are (B, L) long, L <= seq_len in whole blocks. A text z is one in which some tokens
+    are replaced by mask_id. K is the length of a block and n = L / K their number."""
 
     def __init__(self, config):
         super().__init__()
@@ -279,212 +310,551 @@ class LoMDM(nn.Module):
         self.mask_id = config.vocab_size
         C = config.n_embd
         self.wte = nn.Embedding(config.vocab_size + 1, C)  # the last row is [MASK]
-        # Rotary embeddings tell distances. If all tokens are [MASK], every position sees the same
-        # at all distances, and no order could prefer a place to start: hence wpe besides.
+
+        # Rotary embeddings tell distances only. If all tokens are [MASK], every position sees
+        # the same at all distances, and no order could prefer a place to start. Hence wpe
+        # besides.
         self.wpe = nn.Embedding(config.seq_len, C)
         self.blocks = nn.ModuleList(Block(config, config.dropout) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(C, eps=1e-5)
-        # [MASK] is never predicted, nor is what fills the rows up to a multiple of 64, for speed.
+
+        # [MASK] is never predicted. The rows are filled up to a multiple of 64, which GPUs
+        # like, and logits() cuts off what is too much.
         self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
-        self.g = Order(config) if config.learn_order else uniform  # w(x)
-        self.g_hat = Order(config) if config.learn_order else uniform  # w_hat(z)
+        self.g = Order(config) if config.learn_order else Uniform()  # the weights w(x)
+        self.g_hat = Order(config) if config.learn_order else Uniform()  # the guess w_hat(z)
+
+        # As in GPT-2, the residual branches begin smaller, so that their sum keeps its scale.
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # as GPT-2: the sum of all residual branches keeps its scale
-                residual = name.endswith(("proj.weight", "down.weight"))
-                std = 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
-                nn.init.normal_(p, std=0 if name.endswith("score.weight") else std)
+            if name.endswith("score.weight"):
+                nn.init.zeros_(p)
+            elif name.endswith(("proj.weight", "down.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
 
     def check(self, x):
-        L, K = x.shape[-1] if x.ndim else 0, self.config.block_len
-        if x.ndim != 2 or not x.numel() or L > self.config.seq_len or L % min(K, L):
-            limit = f"L <= seq_len = {self.config.seq_len} in whole blocks of {K}"
-            raise ValueError(f"texts must be (B, L), B >= 1, {limit}, not {tuple(x.shape)}")
+        L = x.shape[-1] if x.ndim else 0
+        K, most = self.config.block_len, self.config.seq_len
+        whole = x.ndim == 2 and x.numel() > 0 and L <= most and L % min(K, L) == 0
+        limit = f"L <= seq_len = {most} in whole blocks of {K}"
+        need(whole, f"texts must be (B, L), B >= 1, {limit}, not {tuple(x.shape)}")
 
-    def stream(self, z, x=None):
-        """What the network reads to predict the masked of z (B, L) when the blocks before theirs
-        hold x, or z itself: tokens (B, T), their positions (T,), and who sees whom, the mask
-        argument of the attention. Predictions come out at the first L of the T places.
-        one block    z, all see all, T = L
-        block_len 1  the tokens before each position, behind a start token, causal: a GPT, T = L
-        in between   a block sees itself and the blocks before it. To train all blocks at once, each
-                     is there twice, noisy to be predicted and clean to be looked back at, T = 2 L:
-                              z0 z1 z2 x0 x1 x2
-                          z0  #                     a noisy block sees itself
-                          z1     #     #            and the clean blocks before it,
-                          z2        #  #  #
-                          x0           #            a clean block sees itself
-                          x1           #  #         and the clean blocks before it
-                          x2           #  #  #"""
-        self.check(z)
-        L, K, pos = z.shape[1], self.config.block_len, torch.arange(z.shape[1], device=z.device)
-        if K == 1:
-            shifted = F.pad((z if x is None else x)[:, :-1], (1, 0), value=self.mask_id)
-            return shifted, pos, {"is_causal": True}
-        if K >= L:
-            return z, pos, {}
-        b = pos // K
+    # What does the network read, to predict the hidden tokens of z? The three functions below
+    # answer for the three kinds of models: tokens (B, T), their positions (T,), and the mask.
+    # The predictions come out at the first L of the T places. x is the clean text, which
+    # blocks before the predicted one hold. It is None when text is written: then z holds what
+    # is known.
+
+    def arm_inputs(self, z, x):
+        """Left to right: each place reads the token before its own, and all before that.
+        [MASK] serves as start token. T = L."""
+        text = z if x is None else x
+        shifted = F.pad(text[:, :-1], (1, 0), value=self.mask_id)
+        return shifted, torch.arange(z.shape[1], device=z.device), CAUSAL
+
+    def mdm_inputs(self, z):
+        """One block: all see all. T = L."""
+        return z, torch.arange(z.shape[1], device=z.device), None
+
+    def block_inputs(self, z, x):
+        """Several blocks: each sees itself and the blocks before it. While a text is written,
+        these are finished, and T = L. To train all blocks at once, each is there twice, noisy
+        to be predicted and clean to be looked back at, T = 2 L. A row sees a column where
+        there is a #:
+
+              z0 z1 z2 x0 x1 x2
+          z0  #                     a noisy block sees itself
+          z1     #     #            and the clean blocks before it
+          z2        #  #  #
+          x0           #            a clean block sees itself
+          x1           #  #         and the clean blocks before it
+          x2           #  #  #"""
+        L = z.shape[1]
+        pos = torch.arange(L, device=z.device)
+        b = pos // self.config.block_len  # the block of each position
         if x is None:
-            return z, pos, {"attn_mask": b[:, None] >= b}
-        b, clean = b.repeat(2), torch.arange(2 * L, device=z.device) >= L  # (2 L,)
-        mask = torch.where(clean, b < (b + clean)[:, None], (b == b[:, None]) & ~clean[:, None])
-        return torch.cat((z, x), 1), pos.repeat(2), {"attn_mask": mask}  # row sees column
+            return z, pos, b[:, None] >= b
 
-    def features(self, z, x=None, cache=None):
-        """The backbone f on stream(z, x): h (B, T, n_embd), and how an Order's layer attends to it.
-        If no order is learned, the last layer leaves out what is only there to be looked at.
-        cache: of Block.forward(); T counts the places that come after its first `begin`."""
-        tokens, pos, sees = self.stream(z, x)
-        if cache is not None:  # a block alone sees all there is
-            begin, b = cache[1], pos // self.config.block_len
-            alone = z.shape[1] - begin <= self.config.block_len
-            sees = {} if alone else {"attn_mask": b[begin:, None] >= b}
-            tokens, pos = tokens[:, begin:], pos[begin:]
+        itself = b[:, None] == b  # (L, L) each
+        earlier = b[:, None] > b
+        noisy_rows = torch.cat((itself, earlier), dim=1)
+        clean_rows = torch.cat((torch.zeros_like(itself), earlier | itself), dim=1)
+        return torch.cat((z, x), 1), pos.repeat(2), torch.cat((noisy_rows, clean_rows))
+
+    def inputs(self, z, x=None):
+        """tokens (B, T), positions (T,) and mask, by the kind of the model."""
+        self.check(z)
+        if self.config.block_len == 1:
+            return self.arm_inputs(z, x)
+        if self.config.block_len >= z.shape[1]:
+            return self.mdm_inputs(z)
+        return self.block_inputs(z, x)
+
+    def features(self, z, x=None):
+        """The backbone on inputs(z, x): its features h (B, T, C), and how a head may attend to
+        them: (rotary, mask). T is L, or 2 L with a clean copy that a learned order looks
+        at."""
+        tokens, pos, mask = self.inputs(z, x)
         rotary = rotary_tables(pos, self.config.n_embd // self.config.n_head)
-        h = F.dropout(self.wte(tokens) + self.wpe(pos), self.config.dropout, self.training)
+        h = self.wte(tokens) + self.wpe(pos)  # (B, T, C)
+        h = F.dropout(h, self.config.dropout, self.training)
+
         for block in self.blocks[:-1]:
-            h = block(h, rotary, sees, cache=cache)
-        rows = None if self.config.learn_order else z.shape[1]
-        h = self.blocks[-1](h, rotary, sees, rows, cache)
-        return self.norm(h), (rotary, sees)
+            h = block(h, rotary, mask)
+
+        # Without an order to learn, nobody reads the clean copy after the last layer.
+        L = z.shape[1]
+        has_unread_copy = len(pos) > L and not self.config.learn_order
+        h = self.blocks[-1](h, rotary, mask, rows=L if has_unread_copy else None)
+        return self.norm(h), (rotary, mask)
 
     def logits(self, h):
-        """(..., n_embd) -> (..., V). What follows, softmax and sums, is in float32 at least."""
+        """(.., C) -> (.., V), in float32 at least, as softmax and sums follow."""
         logits = self.lm_head(h)[..., : self.config.vocab_size]
         return logits.to(torch.promote_types(self.wte.weight.dtype, torch.float32))
 
     def log_probs(self, z):
-        """log mu (B, L, V) for any z (B, L) of tokens and mask_id. Position i reads its own block
-        and those before it, and is meant for a masked i. An ARM's reads the tokens before i."""
-        return F.log_softmax(self.logits(self.features(z)[0]), dim=-1)
+        """log mu (B, L, V): the guess of every token of z (B, L), from its own block and those
+        before it. It is meant for hidden positions. An ARM's guess reads the tokens before."""
+        h, _ = self.features(z)
+        return F.log_softmax(self.logits(h), dim=-1)
 
     def order_weights(self, x):
-        """w(x) (B, L), the noise's weights (3), which see the clean x up to their own block."""
+        """w(x) (B, L): the weights of q, which sees the clean x up to the end of its block."""
         self.check(x)
-        if not self.config.learn_order:
-            dtype = torch.promote_types(self.wte.weight.dtype, torch.float32)
-            return torch.ones_like(x, dtype=dtype)
+        if not self.config.learn_order:  # the features would not be read
+            float32 = torch.promote_types(self.wte.weight.dtype, torch.float32)
+            return torch.ones_like(x, dtype=float32)
+
         with torch.no_grad():
             h, attention = self.features(x)
-        return self.g(h, *attention, x.shape[1])
+        return self.g(h, *attention)
 
     def order_weights_hat(self, z):
-        """w_hat(z) (B, L), the model's weights (3), which see z only."""
+        """w_hat(z) (B, L): the weights of q_hat, which sees what is revealed."""
         h, attention = self.features(z)
-        return self.g_hat(h, *attention, z.shape[1])
+        return self.g_hat(h, *attention)
 
-    def look(self, x, masked):
-        """One pass, masked (B, n, K) of x (B, L) hidden: -log mu(x) there, and w_hat, (B, n, K)."""
-        L, z = x.shape[1], x.masked_fill(masked.view_as(x), self.mask_id)
-        h, attention = self.features(z, x)
-        nll = self.nll(h[:, :L].flatten(0, 1), x.flatten()).view_as(masked) * masked
-        return nll, self.g_hat(h, *attention, L).view_as(masked)
+    def predict_masked(self, x, hidden):
+        """Hide the positions hidden (B, n, K) of x (B, L), and look at all blocks in one pass.
+        Returns -log mu of the true tokens, 0 where visible, and w_hat: (B, n, K) each."""
+        L = x.shape[1]
+        z = x.masked_fill(hidden.view_as(x), self.mask_id)
+        h, attention = self.features(z, x)  # (B, L or 2 L, C)
+
+        token_nll = nll(self, h[:, :L].flatten(0, 1), x.flatten())  # (B L,)
+        w_hat = self.g_hat(h, *attention, rows=L if h.shape[1] > L else None)  # (B, L)
+        return token_nll.view_as(hidden) * hidden, w_hat.view_as(hidden)
 
     def loss(self, x):
-        """What training minimises, for x (B, L): the jump bound (4) in nats per token, plus, with a
-        learned order, the surrogate of (5), whose gradient counts and whose value means nothing.
-        Returns the loss and a dict of detached metrics; report metrics["nelbo"], the bound.
-        (5) Let l_1, l_2 be (4) for two independent orders with the same k. The gradient of E l is
-                E[ grad (l_1 + l_2) / 2  +  (l_1 - l_2) grad (log q_1 - log q_2) / 2 ]
-            log q being that of the revealed prefix, as l depends on no more of the order. Each
-            block has an equation of its own."""
-        weights = self.order_weights(x)  # (B, L)
-        (B, L), K = x.shape, min(x.shape[1], self.config.block_len)
-        draws = 2 if self.config.learn_order else 1
-        w = weights.view(B, -1, K).repeat(draws, 1, 1)  # (draws B, n, K)
-        k = spread_counts(B, L // K, K, device=x.device).repeat(draws, 1)  # (draws B, n)
-        ranking = race(w)
-        masked = ranking.argsort(-1) >= k[..., None]  # all but the first k
-        nll, w_hat = self.look(x.repeat(draws, 1), masked)
-        recon, order, _ = jump_terms(nll, w, w_hat, masked)  # (draws B, n) each
+        """What training minimises, for x (B, L): a loss whose gradient counts, and a dict of
+        detached metrics. Report metrics["nelbo"], the bound (2) in nats per token.
 
+        Without a learned order, this is the six lines at the top of the file. With one,
+        autograd cannot see how w changes which order is drawn. So two orders are drawn for
+        each text, at the same k, and the one with the smaller cost becomes likelier
+        (REINFORCE, leave one out):
+
+            gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
+                                      + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
+
+        log q is that of the first k places, as the cost depends on no more of the order. Every
+        block has an order, a k and a cost of its own, and so an equation of its own."""
+        B, L = x.shape
+        K = min(L, self.config.block_len)
+        n = L // K
+        draws = 2 if self.config.learn_order else 1
+
+        # Draw orders, stop each after k places, and hide what comes later. k is uniform on
+        # {0 .. K-1}: think of torch.randint(K, (B, n)). Section 6 says what it does better.
+        text_weights = self.order_weights(x)  # (B, L)
+        w = text_weights.view(B, n, K).repeat(draws, 1, 1)  # (draws B, n, K)
+        k = stratified_counts(B, n, K, device=x.device).repeat(draws, 1)  # (draws B, n)
+        order = race(w)
+        rank = order.argsort(-1)
+        hidden = rank >= k[..., None]  # (draws B, n, K)
+
+        # Guess the hidden tokens, and the weights, in one pass of the network.
+        token_nll, w_hat = self.predict_masked(x.repeat(draws, 1), hidden)
+
+        # The bound.
+        recon, order_cost, _ = jump_terms(token_nll, w, w_hat, hidden)  # (draws B, n) each
+        cost = recon + order_cost
         per_token = 1 / (draws * B * L)
-        loss = nelbo = (recon + order).sum() * per_token
+        nelbo = cost.sum() * per_token
+
+        # The part of (3) that autograd does not see. Its value means nothing, its gradient
+        # does.
+        loss = nelbo
         if self.config.learn_order:
-            l1, l2 = (recon + order).detach().chunk(2)
-            log_q1, log_q2 = prefix_log_prob(w, ranking, k).chunk(2)
-            loss = nelbo + ((l1 - l2) * (log_q1 - log_q2)).sum() * per_token
-        metrics = dict(nelbo=nelbo, recon=recon.sum() * per_token, order=order.sum() * per_token)
-        metrics["w_spread"] = weights.std(correction=0) / weights.mean()  # 0: uniformly random
+            cost_1, cost_2 = cost.detach().chunk(2)
+            log_q_1, log_q_2 = prefix_log_prob(w, order, k).chunk(2)
+            loss = nelbo + ((cost_1 - cost_2) * (log_q_1 - log_q_2)).sum() * per_token
+
+        metrics = {
+            "nelbo": nelbo,
+            "recon": recon.sum() * per_token,
+            "order": order_cost.sum() * per_token,
+            "w_spread": text_weights.std(correction=0) / text_weights.mean(),  # 0: all equal
+        }
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, bound="jump", generator=None):
-        """Unbiased estimate (B,) of a bound on -log p(x), nats per sequence, the mean of n_draws.
-        bound: "jump" (4), or "paper" (2), never smaller. For an ARM both are -log p(x) itself."""
-        if bound not in ("jump", "paper") or n_draws < 1:
-            raise ValueError(f"bound {bound!r}: 'jump' or 'paper'; n_draws {n_draws}: at least 1")
-        w, (B, L), total = self.order_weights(x), x.shape, 0  # w (B, L)
-        w = w.view(B, -1, K := min(L, self.config.block_len))  # (B, n, K)
+        """An unbiased estimate (B,) of a bound on -log p(x), in nats per text: the mean of
+        n_draws random steps. bound is "jump", equation (2), or "paper", section 7, which is
+        never smaller. For an ARM both are -log p(x) itself, and there is nothing random."""
+        need(bound in ("jump", "paper"), f"bound must be 'jump' or 'paper', not {bound!r}")
+        need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
+        self.check(x)
+        B, L = x.shape
+        K = min(L, self.config.block_len)
+        w = self.order_weights(x).view(B, L // K, K)
+
+        total = 0
         for _ in range(n_draws):
-            k = spread_counts(B, L // K, K, generator, x.device)  # (B, n)
-            masked = race(w, generator).argsort(-1) >= k[..., None]
-            nll, w_hat = self.look(x, masked)
-            recon, order, timing = jump_terms(nll, w, w_hat, masked)
-            total = total + recon + order + (timing if bound == "paper" else 0)
+            k = stratified_counts(B, L // K, K, generator, x.device)
+            hidden = race(w, generator).argsort(-1) >= k[..., None]
+            token_nll, w_hat = self.predict_masked(x, hidden)
+            recon, order_cost, timing = jump_terms(token_nll, w, w_hat, hidden)
+            total = total + recon + order_cost + (timing if bound == "paper" else 0)
         return total.sum(-1) / n_draws
 
-    def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="order", **how):
-        """Fill the mask_id positions of z (B, L): all of it, what follows a prompt, gaps in a text.
-        A call picks per_step masked positions of the first unfinished block, and their tokens from
-        mu, blind to each other: by the "order" of the race (3) with w_hat, "left" to right, at
-        "random", or by "confidence" (largest top probability), "entropy" (smallest) or "margin" (of
-        the top two). With "order", one per_step, and nothing given but whole blocks in front, it
-        draws from p exactly. Other given tokens let it start midway, near p(rest | given) but not
-        it, and blind to those in later blocks. how: top_p, generator, cache. Returns x and
-        revealed_at (B, L), the call that filled in a position, -1 if given."""
-        return self.decode(z, per_step, by, temperature=temperature, top_k=top_k, **how)[:2]
-
-    def decoder_log_prob(self, x, by="left", per_step=1):
-        """log p(x) (B,) in nats, exactly, if sample() decodes by this rule: the decoder is walked
-        through x (B, L). "order" always takes the largest w_hat. L / per_step calls."""
-        if by == "random" or (by == "order" and self.config.block_len > 1 and self.g is uniform):
-            raise ValueError(f"by {by!r} takes other steps each time; nelbo() bounds their mean")
-        return self.decode(torch.full_like(x, self.mask_id), per_step, by, x)[2]
-
     @torch.no_grad()
-    def decode(self, z, per_step, by, truth=None, generator=None, cache=True, **how):
-        """What sample() does, and log mu of all it filled in, (B,) nats. truth (B, L): copied, not
-        drawn. cache: keep keys and values of finished blocks; a single one has none to keep."""
+    def sample(
+        self, z, temperature=1.0, top_k=None, per_step=1, by="order",
+        top_p=None, generator=None, cache=True,
+    ):  # fmt: skip
+        """Fill the mask_id positions of z (B, L): everything, what follows a prompt, or gaps.
+
+        Every call of the network chooses per_step hidden positions of the first unfinished
+        block, and draws their tokens from mu, blind to each other. Which positions? By the
+        "order" of a race with weights w_hat, from "left" to right, at "random", or those where
+        the model is surest, by "confidence", "entropy" or "margin": see certainty().
+        temperature, top_k, top_p: see probabilities(). cache: see CachedReader, which changes
+        nothing but the time.
+
+        With "order", one per_step and nothing given but whole blocks in front, texts are drawn
+        from p exactly. If other tokens are given, they are drawn from something near p(rest |
+        given), as the model starts midway in an order that it might not have taken. It is
+        blind to tokens that are given in later blocks.
+
+        Returns the texts x (B, L) and revealed_at (B, L): the number of the call that filled a
+        position, and -1 if it was given."""
         self.check(z)
-        if per_step < 1:
-            raise ValueError(f"per_step must be at least 1, not {per_step}")
-        x, revealed_at, call, begin, c = z.clone(), torch.full_like(z, -1), 0, 0, self.config
-        L, K, log_p = z.shape[1], min(z.shape[1], c.block_len), torch.zeros(len(z), device=z.device)
-        room = 2, len(z), c.n_head, L, c.n_embd // c.n_head
-        held = defaultdict(lambda: self.wte.weight.new_empty(room))  # of each layer
-        for end in range(K, L + 1, K):  # block after block
-            while (masked := x[:, end - K : end] == self.mask_id).any():  # (B, K)
-                kept = (held, begin) if cache and K < L else None
-                h, attention = self.features(x[:, :end], cache=kept)
-                begin = end if K == 1 else end - K  # an ARM has read finished tokens only
-                if by in ("order", "random", "left"):
-                    weigh = self.g_hat if by == "order" else uniform  # all equal: left to right
-                    score = weigh(h, *attention, h.shape[1], kept)[:, -K:]
-                    if by != "left" and truth is None:  # race()
-                        score = score / torch.empty_like(score).exponential_(generator=generator)
-                else:
-                    score = certainty(self.logits(h[:, -K:]), by)
-                h = h[:, -K:]
-                score = score.masked_fill(~masked, -torch.inf)
-                pick = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]  # (B, m)
-                logits = self.logits(h.take_along_dim(pick[..., None], 1))  # (B, m, V)
-                drawn, pick = masked.gather(1, pick), pick + end - K  # False: fewer were masked
-                token = draw(logits, generator, **how) if truth is None else truth.gather(1, pick)
-                log_mu = logits.log_softmax(-1).gather(2, token[..., None])[..., 0]  # (B, m)
-                log_p = log_p + (log_mu * drawn).sum(1)
-                for t, new in ((x, token), (revealed_at, call)):
-                    t.scatter_(1, pick, torch.where(drawn, new, t.gather(1, pick)))
+        need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
+        read = CachedReader(self, z) if cache else self.read
+        x, revealed_at = z.clone(), torch.full_like(z, -1)
+        L = z.shape[1]
+        K = min(L, self.config.block_len)
+        call = 0
+
+        for end in range(K, L + 1, K):
+            here = slice(end - K, end)  # the current block
+            while (hidden := x[:, here] == self.mask_id).any():  # (B, K)
+                # Where? At the hidden positions that win the race, or have the largest score.
+                h, w_hat = read(x[:, :end], by)
+                score = self.score(h, w_hat, by)  # (B, K)
+                if by in ("order", "random"):
+                    score = score / torch.empty_like(score).exponential_(generator=generator)
+                score = score.masked_fill(~hidden, -torch.inf)
+                pick = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
+
+                # What? Tokens from the network's guess at these positions.
+                logits = self.logits(h.take_along_dim(pick[..., None], dim=1))  # (B, m, V)
+                p = probabilities(logits, temperature, top_k, top_p).flatten(0, 1)
+                token = torch.multinomial(p, 1, generator=generator).view_as(pick)
+
+                # Write. A text with fewer than m hidden positions keeps what it has elsewhere.
+                new = hidden.gather(1, pick)
+                for t, value in ((x[:, here], token), (revealed_at[:, here], call)):
+                    t.scatter_(1, pick, torch.where(new, value, t.gather(1, pick)))
                 call += 1
-        return x, revealed_at, log_p
+        return x, revealed_at
 
-    max_logits = 2**26  # 256 MiB
+    def read(self, x, by):
+        """Features h (B, K, C) of the last block of x (B, end), and if the rule `by` is
+        "order" w_hat (B, K), else None."""
+        h, attention = self.features(x)
+        K = min(x.shape[1], self.config.block_len)
+        w_hat = self.g_hat(h, *attention)[:, -K:] if by == "order" else None
+        return h[:, -K:], w_hat
 
-    def nll(self, h, x):
-        """-log mu(x) for features h (N, n_embd) and tokens x (N,): (N,). The added code is so that
-        no more than max_logits exist at a time, most of the memory with a large vocabulary: beyond
-        that they come in chunks, and again in the backward pass."""
-        rows = max(1, self.max_logits // self.config.vocab_size)
-        if len(x) <= rows:  # ignore_index: by default a token -100 would cost nothing
-            return F.cross_entropy(self.logits(h), x, reduction="none", ignore_index=-(2**63))
-        chunks = zip(h.split(rows), x.split(rows), strict=True)
-        return torch.cat([checkpoint(self.nll, *chunk, use_reentrant=False) for chunk in chunks])
+    def score(self, h, w_hat, by):
+        """A score (B, K) for each position of a block, by rule: the largest come next. For
+        "order" and "random" it is the weight in a race. h and w_hat: see read()."""
+        if by == "order":
+            return w_hat
+        if by == "random":
+            return torch.ones(h.shape[:2], device=h.device)
+        if by == "left":
+            return -torch.arange(float(h.shape[1]), device=h.device).expand(h.shape[:2])
+        return certainty(self.logits(h), by)
+
+
+# ---- 5. tools for sampling ---------------------------------------------------------------
+
+
+def certainty(logits, by):
+    """How sure is a guess? logits (.., V) -> (..), the larger the surer: by "confidence", the
+    largest probability; by "margin", how far it is above the second; by "entropy", less of
+    it."""
+    rules = ("confidence", "entropy", "margin")
+    known = f"left, random, one of {rules}, or order if one is learned"
+    need(by in rules, f"by must be {known}, not {by!r}")
+    p = F.softmax(logits, dim=-1)
+    if by == "entropy":
+        return torch.xlogy(p, p).sum(-1)  # minus the entropy
+
+    top = p.topk(min(2, p.shape[-1])).values  # (.., 2)
+    return top[..., 0] - top[..., -1] if by == "margin" else top[..., 0]
+
+
+def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """What tokens are drawn from, logits (.., V) -> (.., V): softmax of logits / temperature,
+    0 takes the likeliest. Of that, the top_k likeliest tokens; and of those the fewest that
+    together have the probability top_p."""
+    V = logits.shape[-1]
+    top_k = V if top_k is None else top_k
+    top_p = 1.0 if top_p is None else top_p
+    in_range = 0 <= temperature < math.inf and top_k >= 1 and 0 < top_p <= 1
+    need(in_range, "temperature must be >= 0, top_k >= 1 or None, top_p in (0, 1] or None")
+
+    logits = logits - logits.amax(-1, keepdim=True)  # the best is 0, so dividing is safe
+    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+    if top_k >= V and top_p == 1:
+        return p
+
+    # Sort, cut, and put back in place. A token is kept if those before it have not reached
+    # top_p.
+    likely, token = p.sort(dim=-1, descending=True)
+    before = likely.cumsum(-1) - likely
+    likely = (likely * (before < top_p))[..., :top_k]
+    likely = likely / likely.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, token[..., :top_k], likely)
+
+
+# ---- 6. the same, cheaper ----------------------------------------------------------------
+# Nothing in this section changes what is computed. It saves noise, time or memory.
+
+
+def stratified_counts(B, n, K, generator=None, device=None):
+    """How many positions of each block are revealed: k (B, n), each uniform on {0 .. K-1}.
+
+    The added code is so that the k of a batch are spread evenly over {0 .. K-1}. With randint,
+    a batch of mostly hidden texts is hard by accident, and one of mostly revealed texts is
+    easy. That noise has nothing to do with the model. Without it the loss of a batch has a
+    third of the standard error for a small MDM (RESULTS.md, "orders against times").
+
+    The N = B n blocks get the numbers 0 .. N-1, those of one text about B apart, so that each
+    text has easy and hard blocks. All turn by one random amount, and block j reveals the share
+    (j + turn / K) / N, cut to whole positions."""
+    N = B * n
+    row = torch.arange(B, device=device)[:, None]
+    block = torch.arange(n, device=device)
+    number = (row + block * B // n) % B * n + block  # (B, n): each of 0 .. N-1 once
+    turn = torch.randint(N * K, (1,), generator=generator, device=device)
+    return (number * K + turn) % (N * K) // N
+
+
+class CachedReader:
+    """LoMDM.read() with a memory, for texts z (B, L) that are written block after block.
+
+    The added code is so that a finished block is read once and not in every call. Its keys and
+    values never change, as it sees nothing that comes later. An ARM of 6 layers, 384 wide,
+    writes 256 tokens 6.3 times as fast this way (RESULTS.md). One block has nothing to
+    keep."""
+
+    def __init__(self, model, z):
+        self.model = model
+        self.begin = 0  # positions before this one are finished, and in memory
+
+        # One memory for each layer of the backbone, and one for the head of the order.
+        config = model.config
+        layers = config.n_layer + 1
+        room = (layers, 2, len(z), config.n_head, z.shape[1], config.n_embd // config.n_head)
+        self.keys_values = model.wte.weight.new_empty(room)
+
+    def __call__(self, x, by):
+        """As LoMDM.read(): h (B, K, C) of the last block of x (B, end), and w_hat or None."""
+        model, begin, end = self.model, self.begin, x.shape[1]
+        K = min(end, model.config.block_len)
+
+        # Read only what is not finished. A block that is alone sees everything before it.
+        tokens, pos, _ = model.inputs(x)
+        b = pos // K
+        mask = b[begin:, None] >= b if end - begin > K else None
+        tokens, pos = tokens[:, begin:], pos[begin:]
+
+        # This is LoMDM.features(), with keys and values from memory.
+        rotary = rotary_tables(pos, model.config.n_embd // model.config.n_head)
+        h = model.wte(tokens) + model.wpe(pos)
+        for i, block in enumerate(model.blocks):
+            h = self.run(i, block, h, rotary, mask)
+        h = model.norm(h)
+
+        w_hat = None
+        if by == "order" and model.config.learn_order:
+            w_hat = model.g_hat.weigh(self.run(-1, model.g_hat.block, h, rotary, mask))[:, -K:]
+        elif by == "order":
+            w_hat = model.g_hat(h, rotary, mask)[:, -K:]
+
+        # An ARM reads the token before each position, so it has read finished tokens only.
+        # Other models have just read a block with hidden tokens, and will read it again.
+        self.begin = end if K == 1 else end - K
+        return h[:, -K:], w_hat
+
+    def run(self, layer, block, h, rotary, mask):
+        """One block of the network on the places h (B, T, C) behind those in memory."""
+        q, k, v = block.project(h, rotary)
+        end = self.begin + h.shape[1]
+        memory = self.keys_values[layer]  # (2, B, n_head, L, head_dim)
+        memory[0, :, :, self.begin : end] = k
+        memory[1, :, :, self.begin : end] = v
+        return block.attend(h, q, memory[0, :, :, :end], memory[1, :, :, :end], mask)
+
+
+MAX_LOGITS = 2**26  # numbers, which are 256 MiB in float32
+
+
+def nll(model, h, x):
+    """-log p (N,) of tokens x (N,), for features h (N, C) of model: cross_entropy(logits(h),
+    x).
+
+    The added code is so that at most MAX_LOGITS logits exist at a time. With a large
+    vocabulary they are most of the memory. Beyond that they come in chunks, and again in the
+    backward pass."""
+    rows = max(1, MAX_LOGITS // model.config.vocab_size)
+    if len(x) <= rows:
+        # ignore_index: by default a token of -100 would cost nothing
+        return F.cross_entropy(model.logits(h), x, reduction="none", ignore_index=-(2**63))
+
+    chunks = zip(h.split(rows), x.split(rows), strict=True)
+    return torch.cat([checkpoint(nll, model, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+# ---- 7. the papers' clock ----------------------------------------------------------------
+# The papers reach the same objective on another road, with a clock. A reader of OeMDM looks
+# for what is below. Nothing above needs it, and the tests tie the two together:
+# test_paper_bound_is_the_integral_over_time and
+# test_time_form_has_the_papers_bound_as_its_mean.
+#
+# At time t = 0 the whole text is visible, at t = 1 all of it is hidden. Position i is still
+# visible at time t with probability alpha^i(t), each on its own. Seen backwards in time, from
+# noise to text, a hidden i is revealed at the rate
+#
+#     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                                (4)
+#
+# which means: in a short time dt with probability A^i dt. LoMDM takes alpha^i = 1 - t^{w_i},
+# so A^i = w_i / t. All hidden positions share the factor 1 / t. So the next one is i with
+# probability w_i / W, and this is the race of section 2, on the clock -log t.
+#
+# The model does the same at a rate of its own, A_hat^i = w_hat_i / t. In each dt two coins are
+# compared, and their KL divergence is (A log(A / A_hat) - A + A_hat) dt. Added up over time,
+#
+#     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))               token
+#                          (5)                    + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt
+#
+# Part of the last line compares *when* something is revealed: [W log(W / W_hat) - W + W_hat] /
+# t, at least 0. The text depends on the order only, so that part can go. What is left is (2),
+# never larger. In jump_terms() that part is `timing`: reveals come at rate W / t, so an
+# integral of g / t over time is a sum of g / W over steps.
+#
+# Why not train on (5), at a random time? Its weight w / t on a position that is hidden with
+# probability t^w has the second moment int w^2 t^{w-2} dt, infinite if w <= 1. With orders no
+# weight is larger than K.
+
+
+def schedule(tau, w=1.0, speed=1):
+    """Equation (4) on a clock tau in [0, 1], which for one block is the time t itself:
+
+        alpha^i = 1 - tau^{w_i}      A^i = speed w_i / tau      speed = d tau / dt
+
+    tau is (B, 1) or (B, L), w a number or (B, L). Returns alpha and A, of their common shape.
+    A is 0 where the clock stands still, as nothing is about to be revealed there."""
+    running = (tau > 0) & (tau < 1)
+    velocity = torch.where(running, speed * w / torch.where(running, tau, 1.0), 0.0)
+    return 1 - tau**w, velocity
+
+
+def block_clocks(t, L, K):
+    """While t (B, 1) falls from 1 to 0, the n = L / K blocks take turns, block 0 first. Each
+    has a clock that runs n times as fast: tau_b(t) = clamp(n t - (n - 1 - b), 0, 1). Returns
+    (B, L)."""
+    n = L // K
+    b = torch.arange(L, device=t.device) // K
+    return (n * t - (n - 1 - b)).clamp(0, 1)
+
+
+def nelbo_rate(log_probs, x, hidden, velocity, velocity_hat):
+    """The integrand of (5) for one noisy text z. log_probs (B, L, V) are log mu at z. All else
+    is (B, L): the clean tokens x, what z hides, the rates A of the noise and A_hat of the
+    model. Returns recon and order (B,), in nats per unit of time. order is at least 0."""
+    token_nll = -log_probs.gather(-1, x[..., None]).squeeze(-1)  # (B, L)
+    A, A_hat = velocity, velocity_hat
+    order = torch.xlogy(A, A) - torch.xlogy(A, A_hat) - A + A_hat  # xlogy: 0 log 0 is 0
+    return (A * token_nll * hidden).sum(-1), (order * hidden).sum(-1)
+
+
+class ByTime(LoMDM):
+    """LoMDM, trained as in the papers: the bound (5) at one random time for each text. It has
+    the mean of LoMDM.loss() plus the cost of guessing the times, and more noise, by 1 / t.
+    Checkpoints of the two classes fit each other."""
+
+    def at_times(self, x, t, w, generator=None):
+        """(5) for texts x (B, L) at times t (B, 1), with weights w (B, L) and one z each.
+        Returns recon and order (B,), and log q(z | x) (B,)."""
+        L = x.shape[1]
+        K = min(L, self.config.block_len)
+        tau = block_clocks(t, L, K)  # (B, L)
+        alpha, velocity = schedule(tau, w, speed=L // K)
+        alpha, velocity = alpha.expand(x.shape), velocity.expand(x.shape)
+        hidden = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
+
+        h, attention = self.features(x.masked_fill(hidden, self.mask_id))
+        _, velocity_hat = schedule(tau, self.g_hat(h, *attention), speed=L // K)
+        log_mu = F.log_softmax(self.logits(h), dim=-1)  # (B, L, V)
+        recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
+
+        # Each position is hidden on its own. A probability of 0 is never drawn, but its
+        # logarithm would be differentiated, hence clamp().
+        visible = alpha.clamp(1e-6, 1 - 1e-6)
+        log_q = torch.where(hidden, (1 - visible).log(), visible.log()).sum(-1)
+        return recon, order, log_q
+
+    def loss(self, x, t=None):
+        """As LoMDM.loss(), at times t (B, 1). By default these are spread evenly over the
+        batch. Equation (3) compares two noisy texts of the same time."""
+        B, L = x.shape
+        draws = 2 if self.config.learn_order else 1
+        if t is None:
+            offset = torch.rand(1, 1, device=x.device)
+            t = (torch.arange(B, device=x.device)[:, None] + offset) / B  # (B, 1)
+
+        text_weights = self.order_weights(x)  # (B, L)
+        repeated = (each.repeat(draws, 1) for each in (x, t, text_weights))
+        recon, order, log_q = self.at_times(*repeated)  # (draws B,) each
+
+        per_token = 1 / (draws * B * L)
+        cost = recon + order
+        loss = nelbo = cost.sum() * per_token
+        if self.config.learn_order:
+            cost_1, cost_2 = cost.detach().chunk(2)
+            log_q_1, log_q_2 = log_q.chunk(2)
+            loss = nelbo + ((cost_1 - cost_2) * (log_q_1 - log_q_2)).sum() * per_token
+
+        metrics = {
+            "nelbo": nelbo,
+            "recon": recon.sum() * per_token,
+            "order": order.sum() * per_token,
+            "w_spread": text_weights.std(correction=0) / text_weights.mean(),
+        }
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def nelbo_at(model, x, t, generator=None):
+    """The integrand of (5) for texts x (B, L) at times t (B, 1), one noisy text each: recon
+    and order (B,). The mean over uniform t is the papers' bound. model: any LoMDM."""
+    recon, order, _ = ByTime.at_times(model, x, t, model.order_weights(x), generator)
+    return recon, order

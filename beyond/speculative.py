@@ -1,0 +1,127 @@
+""" Several tokens a call, without changing what is drawn: speculative decoding for any fixed
+order.
+
+A call of an A3 may ask for the next k tokens of an order at once. But drawn at once, they do
+not see each other, so together they are not a draw from p. Treat them as drafts, drawn from q,
+and let the next call check them. It commits all k drafts, and predicts each from the tokens
+before it, drafts included. That is p. Go through the drafts in order, and accept a draft with
+probability min(1, p / q). Draw the first one that is refused anew, from max(0, p - q), and
+forget the rest. What comes out is a draw from p, whatever q is (Leviathan et al.,
+arXiv:2211.17192; for any order: arXiv:2504.20456). The first draft saw all there was, so q = p
+and it is always accepted.
+
+The same call can draft the next tokens, too, as the queries of an A3 may look at any number of
+committed tokens. It does not know yet how many drafts will be accepted, so it asks k queries
+for each possible number. Then a round costs one call, where others need two.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import a3
+from a3 import need, probabilities
+
+
+@torch.no_grad()
+def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
+    """As model.generate(x, groups), for groups of one token: fill what has groups >= 0 in x
+    (B, L) with a draw from p(x | given), in fewer calls. drafts is k above. how: temperature,
+    top_k and top_p of a3.probabilities(). Returns x and the number of calls."""
+    model.check(x, groups)
+    B, L = x.shape
+    k = min(drafts, L)
+    ranks, order = a3.ranks(groups).sort(dim=1)  # order (B, L): what is read first, second, ..
+    alone = (ranks.diff(dim=1) != 0).all()
+    need(k >= 1 and alone, "drafts must be at least 1, and every group one token")
+    done = (groups < 0).sum(1, keepdim=True)  # (B, 1): how many tokens are settled
+    if done.min() == L:
+        return x.clone(), 0
+
+    # In this order all is counted: rank r is the token that comes as number r. Texts that are
+    # done before others go on writing behind their end, where nobody reads.
+    order = F.pad(order, (0, 2 * k), value=L)  # (B, L + 2 k)
+    x = F.pad(x, (0, 1))  # (B, L + 1)
+    j = torch.arange(k, device=x.device)
+    cache = a3.Cache(model, x[:, :L])
+    q = refused = None
+
+    for call in range(1, L + 1):
+        # Commit the start and what is given, then the drafts of the last round.
+        if call == 1:
+            tokens, slots, rank = given_tokens(model, x[:, :L], order[:, :L], done)
+            seen = done  # one number of tokens that queries may see
+        logits = ask(model, cache, x, order, tokens, slots, rank, seen, k)  # (B, n, k, V)
+
+        if call == 1:
+            accepted = torch.zeros_like(done)
+            q = logits.new_zeros(B, k, logits.shape[-1])
+        else:
+            # The first query of each family predicts the next draft, and has seen those
+            # before.
+            p = probabilities(logits[:, :-1, 0], **how)  # (B, k - 1, V)
+            accepted = accept(tokens[:, 1:], p, q[:, 1:], generator)  # (B, 1): 1 .. k
+            cache.ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
+            done = (done + accepted).clamp(max=L)
+
+        # What q said of the first refused draft: 0 if none was refused.
+        refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # (B, 1, V)
+
+        # Draft from the queries that saw just what is settled now.
+        family = (accepted - 1).clamp(min=0)[..., None, None]
+        q = probabilities(logits.take_along_dim(family, dim=1)[:, 0], **how)  # (B, k, V)
+        tokens = draft(q, refused, generator)  # (B, k)
+
+        rank = done + j
+        slots = order.gather(1, rank) + 1
+        x.scatter_(1, slots - 1, tokens)
+        if (done + 1 >= L).all():  # the first draft is always accepted, so this was the last
+            return x[:, :L], call
+        seen = done + j + 1  # k numbers of tokens that may turn out to be settled
+
+
+def given_tokens(model, x, order, done):
+    """The start token and what is given in x (B, L): tokens, slots and ranks (B, 1 + n). Short
+    rows are padded with rank L + 1, which nobody sees."""
+    L, n = x.shape[1], int(done.max())
+    at = order[:, :n]
+    place = torch.arange(n, device=x.device).expand_as(at)
+    tokens = F.pad(x.gather(1, at), (1, 0), value=model.start_id)
+    slots = F.pad(at + 1, (1, 0))
+    rank = F.pad(torch.where(place < done, place, L + 1), (1, 0), value=-1)
+    return tokens, slots, rank
+
+
+def ask(model, cache, x, order, tokens, slots, rank, seen, k):
+    """One call: commit tokens (B, m), and for each number of settled tokens in seen (B, n)
+    predict the k tokens that come next: logits (B, n, k, V)."""
+    L = x.shape[1] - 1
+    j = torch.arange(k, device=x.device)
+    at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, n k)
+
+    # A left neighbour may be seen if it comes early enough in the order.
+    place = order[:, :L].argsort(dim=1)
+    visible = place[:, None, :-1] < seen[..., None]  # (B, n, L - 1)
+    left = model.left_neighbours(x[:, None, :L].expand(-1, seen.shape[1], -1), visible)
+    left = left.gather(2, at.clamp(max=L - 1).view(len(x), -1, k)).flatten(1)  # (B, n k)
+
+    before = seen.repeat_interleave(k, dim=1)
+    logits = cache.step(tokens, slots, rank, at, left, before)
+    return logits.unflatten(1, (-1, k))
+
+
+def accept(drafts, p, q, generator):
+    """How many drafts stand, (B, 1) from 1 to k. drafts (B, k - 1) are all but the first,
+    which always stands; p and q (B, k - 1, V) are what they should be and what they were drawn
+    from."""
+    ratio = p.gather(2, drafts[..., None]) / q.gather(2, drafts[..., None])  # (B, k - 1, 1)
+    u = torch.rand(ratio.shape, generator=generator, device=p.device)
+    stands = (u < ratio).long().cumprod(dim=1)  # 0 from the first refusal on
+    return 1 + stands.sum(1)
+
+
+def draft(q, refused, generator):
+    """New tokens (B, k) from q (B, k, V). The first one replaces a draft that was refused, if
+    its distribution `refused` (B, 1, V) is not 0: it is drawn from max(0, q - refused)."""
+    first = (q[:, :1] - refused).clamp(min=0) + 1e-30 * q[:, :1]  # never all zero
+    p = torch.cat((first, q[:, 1:]), dim=1)
+    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(q.shape[:2])
