@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from a3 import RULES
+import a3
+from beyond import loa3
+from beyond.speculative import generate_speculative
 from plumbing import checkpoint, cli, pictures
-from plumbing.cli import flag, refuse
+from plumbing.cli import flag, need
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
+
+RULES = "left", "order", "random", "confidence", "entropy", "margin"  # which tokens come next
 
 
 @dataclass
@@ -29,11 +34,9 @@ class Settings:
     num_samples: int = flag(3, "how many", least=1, below=2**20)
     temperature: float = flag(1.0, "0: always the likeliest", least=0)
     top_k: int | None = flag(None, "draw among the k likeliest tokens only", least=1)
-    top_p: float | None = flag(None, "or among the fewest of this probability together", least=1e-9)
+    top_p: float | None = flag(None, "or among the fewest of this probability", least=1e-9)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
-    drafts: int = flag(
-        1, "a3, loa3: tokens drafted a call, try 2 to 8; the distribution stays", least=1, below=65
-    )
+    drafts: int = flag(1, "a3, loa3: tokens drafted a call, try 2 to 8", least=1, below=65)
     by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
     show: str = flag("text", "or its order", ("text", "order"))
     html: str | None = flag(None, "write a page that plays how the samples came about")
@@ -42,81 +45,143 @@ class Settings:
     device: str | None = flag(None, "cpu, cuda or mps [the best there is]")
 
 
-def template(prompt, infill, tokenizer, mask_id):
+# ---- what is asked for -----------------------------------------------------------------------
+
+
+def check_flags(s):
+    """Refuse what can be refused before a model is loaded."""
+    cli.check(s)
+    need(not (s.prompt and s.infill), "--prompt or --infill: one of the two")
+    one = s.infill is None or s.length is None
+    need(one, "--length is for what follows a prompt, not for --infill")
+    need(not s.top_p or s.top_p <= 1, "--top_p must be at most 1")
+
+    paths = [Path(path).resolve() for path in (s.html, s.svg) if path]
+    for path in paths:
+        free = path.name not in checkpoint.RUN_FILES and paths.count(path) == 1
+        need(free, f"{path.name}: take another name, this one is a run's or there twice")
+
+
+def check_model(s, model, name, n):
+    """Refuse what does not fit the model, for a text of n tokens."""
+    L = model.config.seq_len
+    if s.infill is not None:
+        need(n <= L, f"the text has {n} tokens, the model's window {L}")
+    elif s.length is None:
+        need(n < L, f"the prompt fills the window: --length above {n}?")
+    else:
+        need(s.length > n, f"--length {s.length}: the prompt has {n} tokens already")
+
+    is_a3 = isinstance(model, a3.A3)
+    need(s.drafts == 1 or is_a3, f"--drafts is for a3 and loa3, not {name}")
+    alone = s.drafts == 1 or (s.per_step == 1 and s.by in (None, "left", "order"))
+    need(alone, "--drafts: with --per_step 1, by left or order")
+    is_loa3 = isinstance(model, loa3.LoA3)
+    need(s.by != "order" or is_loa3 or not is_a3, f"--by order: {name} has not learned one")
+    K = getattr(model.config, "block_len", s.per_step)
+    need(s.per_step <= K, f"--per_step: {name} fills in a block of {K} at most in one call")
+
+
+def template(s, tokenizer, mask_id):
     """What is given, as a list of tokens, mask_id in its gaps."""
-    parts = [prompt or ""]
-    if infill is not None:
-        parts = [part.replace("\0", "_") for part in infill.replace(r"\_", "\0").split("_")]
-        refuse(len(parts) == 1, "--infill needs a gap: one _ for each token to fill in")
+    parts = [s.prompt or ""]
+    if s.infill is not None:
+        kept = s.infill.replace(r"\_", "\0")
+        parts = [part.replace("\0", "_") for part in kept.split("_")]
+        need(len(parts) > 1, "--infill needs a gap: one _ for each token to fill in")
+
     ids = tokenizer.encode(parts[0]).tolist()
     for part in parts[1:]:
         ids += [mask_id, *tokenizer.encode(part).tolist()]
     return ids
 
 
-def write(model, x, length, end, how):
-    """x (N, n) with its gaps filled, and written on up to length: tokens (N, length), or fewer if
-    all have come to their end, and the call that revealed each, -1 if given. Beyond its window the
-    model reads the last half of one, in whole blocks, and fills the other.
+# ---- drawing ---------------------------------------------------------------------------------
 
-    A short text is followed by [MASK]s up to the end of its block, as a diffusion model has only
-    seen whole ones. They get filled too: it is drawn as if the text went on in every possible way.
-    An ARM and an A3 have blocks of one: what is not asked for is not there."""
-    L, K = model.config.seq_len, getattr(model.config, "block_len", 1)
-    keep, n = L // 2 // K * K or L // 2, x.shape[1]
-    at, done, calls = torch.full_like(x, -1), False, 0
-    while not done:
+
+def fill(model, s, z, generator):
+    """z (N, L) with its gaps filled, and the call that revealed each token, -1 if given. With
+    drafts it is the token's number."""
+    how = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+    if s.drafts == 1:
+        by = {"by": s.by} if s.by else {}
+        return model.sample(z, per_step=s.per_step, generator=generator, **by, **how)
+
+    if isinstance(model, loa3.LoA3) and s.by != "left":
+        groups = model.draw_groups(z, generator=generator)
+    else:
+        is_open = z == model.mask_id
+        groups = torch.where(is_open, is_open.cumsum(dim=1) - 1, -1)
+    x, _ = generate_speculative(model, z, groups, s.drafts, generator, **how)
+    return x, groups.clamp(min=-1)
+
+
+def write(model, s, x, length, end, generator):
+    """x (N, n) with its gaps filled, and written on up to `length`: tokens (N, length), or
+    fewer if all have come to their end, and the call that revealed each, -1 if given. Beyond
+    its window the model reads the last half of one, in whole blocks, and fills the other.
+
+    A short text is followed by [MASK]s up to the end of its block, as a diffusion model has
+    only seen whole ones. They get filled, too: the text is drawn as if it went on in every
+    possible way. An ARM and an A3 have blocks of one: what is not asked for is not there."""
+    L = model.config.seq_len
+    K = getattr(model.config, "block_len", 1)
+    keep = L // 2 // K * K or L // 2
+    revealed_at = torch.full_like(x, -1)
+    calls = 0
+
+    while True:
+        # The window: where it begins, and what it holds.
+        n = x.shape[1]
         begin = 0 if n < L or n == length else n - keep
         wanted = min(L, length - begin)
         z = x.new_full((len(x), -(-wanted // K) * K), model.mask_id)  # whole blocks
-        z[:, : n - begin] = x[:, begin:n]
-        y, when = (t[:, :wanted] for t in model.sample(z, **how))
+        z[:, : n - begin] = x[:, begin:]
+
+        # Fill it, and put it where it belongs.
+        y, at = fill(model, s, z, generator)
+        y, at = y[:, :wanted], at[:, :wanted]
         x = torch.cat((x[:, :begin], y), dim=1)
-        at = torch.nn.functional.pad(at, (0, x.shape[1] - n), value=-1)
-        at[:, begin:] = torch.where(when < 0, at[:, begin:], when + calls)
-        n, calls = x.shape[1], calls + int(when.max()) + 1
-        done = n >= length or (end is not None and (x == end).any(1).all())
-    return x, at
+        revealed_at = F.pad(revealed_at, (0, x.shape[1] - n), value=-1)
+        revealed_at[:, begin:] = torch.where(at < 0, revealed_at[:, begin:], at + calls)
+        calls += int(at.max()) + 1
+
+        all_ended = end is not None and (x == end).any(1).all()
+        if x.shape[1] >= length or all_ended:
+            return x, revealed_at
+
+
+def cut(x, revealed_at, n, tokenizer):
+    """[(pieces of text, when each was revealed)] of tokens (N, length), each up to its end of
+    text. An end among the n tokens that were given is none."""
+    samples = []
+    for row, when in zip(x.tolist(), revealed_at.tolist(), strict=True):
+        ends = [i for i, token in enumerate(row) if token == tokenizer.end and i >= n]
+        stop = ends[0] if ends else len(row)
+        samples.append((tokenizer.pieces(row[:stop]), when[:stop]))
+    return samples
 
 
 def main(argv=None):
     s = Settings(**cli.parse(Settings, argv, __doc__))
-    cli.check(s)
-    refuse(s.prompt and s.infill, "--prompt or --infill: one of the two")
-    refuse(s.top_p and s.top_p > 1, "--top_p must be at most 1")
-    twice = s.html and s.svg and Path(s.html).resolve() == Path(s.svg).resolve()
-    for what, path in (("html", s.html), ("svg", s.svg)):
-        taken = path and (Path(path).name in checkpoint.RUN_FILES or twice)
-        refuse(taken, f"--{what} {path}: take another name, this one is a run's or there twice")
+    check_flags(s)
     device = cli.pick_device(s.device)
     ckpt, model = checkpoint.load(Path(s.out_dir) / "ckpt.pt", make_model, device)
-    tokenizer, name, L = tokenizer_of(**ckpt["tokenizer"]), ckpt["model_name"], model.config.seq_len
-    ids = template(s.prompt, s.infill, tokenizer, model.mask_id)
-    n, gaps = len(ids), s.infill is not None
-    refuse(gaps and n > L, f"the text has {n} tokens, the model's window {L}")
-    refuse(gaps and s.length, "--length is for what follows a prompt, not for --infill")
-    refuse(
-        not gaps and not s.length and n >= L, f"the prompt fills the window: --length above {n}?"
-    )
-    refuse(s.length and s.length <= n, f"--length {s.length}: the prompt has {n} tokens already")
-    length = n if gaps else s.length or L
-    refuse(s.drafts > 1 and name not in ("a3", "loa3"), f"--drafts is for a3 and loa3, not {name}")
-    K = getattr(model.config, "block_len", s.per_step)
-    refuse(s.per_step > K, f"--per_step: {name} fills in a block of {K} at most in one call")
-    how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, per_step=s.per_step)
-    how |= dict(by=s.by) if s.by else {}
-    how |= dict(drafts=s.drafts) if s.drafts > 1 else {}
-    generator = torch.Generator(device).manual_seed(s.seed)
-    x = torch.tensor([ids] * s.num_samples, dtype=torch.long, device=device)  # (N, n)
-    if n >= L and not gaps:
+    tokenizer = tokenizer_of(**ckpt["tokenizer"])
+    name, L = ckpt["model_name"], model.config.seq_len
+
+    ids = template(s, tokenizer, model.mask_id)
+    n = len(ids)
+    check_model(s, model, name, n)
+    length = n if s.infill is not None else s.length or L
+    if n >= L and s.infill is None:
         print(f"the model's window has {L} tokens: it reads the end of the prompt only")
-    with cli.one_line(ValueError):
-        x, at = write(model.eval(), x, length, tokenizer.end, how | dict(generator=generator))
-    samples = []
-    for row, when in zip(x.tolist(), at.tolist(), strict=True):
-        ends = [i for i, token in enumerate(row) if token == tokenizer.end and i >= n]
-        stop = ends[0] if ends else len(row)
-        samples.append((tokenizer.pieces(row[:stop]), when[:stop]))
+
+    x = torch.tensor([ids] * s.num_samples, dtype=torch.long, device=device)  # (N, n)
+    generator = torch.Generator(device).manual_seed(s.seed)
+    x, revealed_at = write(model.eval(), s, x, length, tokenizer.end, generator)
+
+    samples = cut(x, revealed_at, n, tokenizer)
     pictures.show(samples, s.show == "order")
     if s.html:
         best = f"validation {ckpt['best']:.3f} nats per token after {ckpt['step']:,} steps"

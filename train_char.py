@@ -4,22 +4,21 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     python train_char.py                                 LoMDM, at a size that fits the device
     python train_char.py --model arm --out_dir out_arm   or mdm, or block: the same loss
     python train_char.py --model a3 --init_from out_arm  adapt that ARM to any order
-    python train_char.py --model loa3                    any order; which way is best?
+    python train_char.py --model loa3 --preset film      which way does this text run?
     python train_char.py --resume                        go on after Ctrl-C, as if nothing happened
     python train_char.py --preset gpt2 --data openwebtext
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
-Settings left out follow the preset, and the preset the device. All that is random in a step follows
-from the seed, the step and the micro-batch: a run that was killed goes on exactly as it would have,
-and N processes do what one does with the same --gradient_accumulation_steps.
+Settings left out follow the preset, and the preset follows the device. All that is random in a
+step follows from the seed, the step and the micro-batch. So a run that was killed goes on
+exactly as it would have, and N processes do what one does with the same
+--gradient_accumulation_steps.
 """
 
-import copy
-import importlib
 import math
 import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,67 +26,116 @@ import torch
 from tqdm import tqdm
 
 import a3
-from plumbing import checkpoint, cli, data, llama, pictures, processes
-from plumbing.cli import flag, refuse
+import lomdm
+from beyond import llama, loa3
+from plumbing import checkpoint, cli, data, pictures, processes
+from plumbing.cli import flag, need
 from plumbing.processes import RANK, WORLD
 
-SMALL = dict(  # nanoGPT's laptop size
-    n_layer=4, n_head=4, n_embd=128, seq_len=64, dropout=0.0, batch_size=16, max_iters=800,
-    gradient_accumulation_steps=1, learning_rate=1e-3, beta2=0.99, warmup_iters=100,
-    eval_interval=200,
-)  # fmt: skip
-PRESETS = {
-    "small": SMALL,
-    "base": SMALL | dict(  # nanoGPT's size for tinyshakespeare on one GPU
-        n_layer=6, n_head=6, n_embd=384, seq_len=256, dropout=0.2, batch_size=64, max_iters=5000,
-        eval_interval=250,
-    ),
-    "gpt2": SMALL | dict(  # GPT-2 small: 16 * 32 * 1,024 tokens a step, 10 billion in all
-        n_layer=12, n_head=12, n_embd=768, seq_len=1024, max_iters=20000, eval_interval=1000,
-        gradient_accumulation_steps=32, learning_rate=6e-4, beta2=0.95, warmup_iters=700,
-    ),
-}  # fmt: skip
+# ---- models ----------------------------------------------------------------------------------
 
-
-# ---- models --------------------------------------------------------------------------------------
-def train_groups(s, step, x):
-    """Groups for A3, and whether all have one token."""
-    stage, size = a3.curriculum(step, s.lr_decay_iters, s.shares, s.group_size)
-    groups = (a3.random_groups if stage == 3 else a3.chunk_groups)(*x.shape, size, device=x.device)
-    return dict(groups=groups, single=size == 1)
-
-
-SIZES = "seq_len", "n_layer", "n_head", "n_embd"
-WITH_ORDER, ORDER_FLAGS = "lomdm lomdm-by-time", ("block_len", "weights", "c1", "c2")
-BOUND = dict(bound={})  # figures to validate by: {kind: arguments of nelbo()}
-EXACT = {"exact, random order": dict(size=1), "exact, left to right": dict(size=0)}
-FOURS = {"exact, random groups of 4": dict(size=4)}
-MODELS = {  # class; Config fields: fixed, from flags; figures, of which the first picks ckpt.pt
-    "arm": ("lomdm.LoMDM", dict(block_len=1), (), dict(exact={})),
-    "mdm": ("lomdm.LoMDM", dict(), (), BOUND),
-    "block": ("lomdm.LoMDM", dict(), ("block_len",), BOUND),
-    "lomdm": ("lomdm.LoMDM", dict(learn_order=True), ORDER_FLAGS, BOUND),
-    "a3": ("a3.A3", dict(), ("left_neighbour",), EXACT | FOURS),
-    "loa3": ("a3.A3", dict(learn_order=True), ("left_neighbour", "random_share"), BOUND | EXACT),
-    "mdm-by-time": ("experiments.by_time.ByTime", dict(), (), BOUND),  # the papers' estimator
-    "lomdm-by-time": ("experiments.by_time.ByTime", dict(learn_order=True), ORDER_FLAGS, BOUND),
-}  # fmt: skip
-INPUTS = {"a3": train_groups}  # what the loss takes besides x, if anything
+# This table is what OeMDM claims: one objective, and fields of its Config that make an ARM, an
+# MDM or a learned order of it. name: class, Config, and these fields. Other fields of Config
+# come from the flags of the same name.
+MODELS = {
+    "arm": (lomdm.LoMDM, lomdm.Config, {"block_len": 1}),  # blocks of one, left to right: a GPT
+    "mdm": (lomdm.LoMDM, lomdm.Config, {}),  # one block, and all orders are equally likely
+    "block": (lomdm.LoMDM, lomdm.Config, {}),  # --block_len is in between
+    "lomdm": (lomdm.LoMDM, lomdm.Config, {"learn_order": True}),  # some orders are likelier
+    "a3": (a3.A3, a3.Config, {}),  # groups on two streams
+    "loa3": (loa3.LoA3, loa3.Config, {}),  # a learned order on two streams
+    "mdm-by-time": (lomdm.ByTime, lomdm.Config, {}),  # as the papers train it, with a clock
+    "lomdm-by-time": (lomdm.ByTime, lomdm.Config, {"learn_order": True}),
+    "llama": (llama.Llama, llama.Config, {}),  # what --model a3 becomes with --init_from a LLaMA
+}
+TO_TRAIN = tuple(name for name in MODELS if name != "llama")
 
 
 def make_model(name, config):
-    module, cls = MODELS[name][0].rsplit(".", 1)
-    module = importlib.import_module(module)
-    return getattr(module, cls)(module.Config(**config))
+    """The model called `name`, for a dict of its Config's fields."""
+    cls, Config, _ = MODELS[name]
+    return cls(Config(**config))
 
 
-# ---- settings ------------------------------------------------------------------------------------
+def figures_of(model):
+    """What estimate_loss() measures of a model: {name: arguments of model.nelbo()}. The first
+    one decides which checkpoint is the best."""
+    exact = {
+        "exact, random order": {"order": "random"},
+        "exact, left to right": {"order": "left"},
+    }
+    if isinstance(model, loa3.LoA3):
+        return {"bound": {}} | exact
+    if isinstance(model, a3.A3):
+        return exact | {"exact, random groups of 4": {"order": "random", "size": 4}}
+    return {"exact" if model.config.block_len == 1 else "bound": {}}
+
+
+# A digest of these is in the log of each run, so that a figure from other code can be told.
+HERE = Path(__file__).parent
+OUR_CODE = [HERE / "lomdm.py", HERE / "a3.py", HERE / "train_char.py"]
+OUR_CODE += sorted(HERE.glob("beyond/*.py"))
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+SMALL = {  # nanoGPT's laptop size
+    "data": "shakespeare",
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "seq_len": 64,
+    "dropout": 0.0,
+    "batch_size": 16,
+    "max_iters": 500,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "beta2": 0.99,
+    "warmup_iters": 100,
+    "eval_interval": 250,
+}
+FILM = {  # films of a cellular automaton, last moment first
+    "data": "automaton",
+    "n_layer": 3,
+    "n_embd": 64,
+    "batch_size": 64,
+    "max_iters": 600,
+}
+BASE = {  # nanoGPT's size for tinyshakespeare on one GPU
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "seq_len": 256,
+    "dropout": 0.2,
+    "batch_size": 64,
+    "max_iters": 5000,
+    "eval_interval": 250,
+}
+GPT2 = {  # GPT-2 small: 16 * 32 * 1,024 tokens a step, 10 billion in all
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "seq_len": 1024,
+    "gradient_accumulation_steps": 32,
+    "learning_rate": 6e-4,
+    "beta2": 0.95,
+    "warmup_iters": 700,
+    "max_iters": 20000,
+    "eval_interval": 1000,
+}
+PRESETS = {"small": SMALL, "film": SMALL | FILM, "base": SMALL | BASE, "gpt2": SMALL | GPT2}
+SIZES = "seq_len", "n_layer", "n_head", "n_embd"
+BLOCKS = "block lomdm lomdm-by-time"
+ORDERS = "lomdm lomdm-by-time"
+
+
 @dataclass
 class Settings:
-    # All that a run depends on; every field is a flag. None: follows the device or other flags.
-    model: str = flag("lomdm", "what to train", tuple(MODELS))
-    preset: str | None = flag(None, "size: small on CPU and MPS, base on CUDA", tuple(PRESETS))
-    data: str = flag("shakespeare", "a name, see plumbing/data.py; a file, a folder", resume=True)
+    # All that a run depends on; every field is a flag. None: it follows the preset, the device
+    # or other flags. resume: it may change when a run goes on.
+    model: str = flag("lomdm", "what to train", TO_TRAIN)
+    preset: str | None = flag(None, "small on CPU and MPS, base on CUDA", tuple(PRESETS))
+    data: str | None = flag(None, "a name [shakespeare], a file or a folder", resume=True)
     text_len: int | None = flag(None, "tokens of a text, if it is a list of such texts", least=1)
     val_data: str | None = flag(None, "to validate on; default: the last tenth", resume=True)
     tokenizer: str | None = flag(None, "char, gpt2 [openwebtext], a folder with tokenizer.json")
@@ -96,37 +144,30 @@ class Settings:
     resume: bool = flag(False, "go on with the run in out_dir", resume=True)
     device: str | None = flag(None, "cpu, cuda or mps; default: the best", resume=True)
     seed: int = flag(1337, "of weights, batches and orders", least=0, below=2**63)
-    # model
+    # the model
     seq_len: int | None = flag(None, "tokens in a window")
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: the ARM's, or 0]")
-    block_len: int | None = flag(None, "tokens [block: 16]", least=1, only="block " + WITH_ORDER)
-    weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=WITH_ORDER)
-    c1: float = flag(0.7, "w = c1 + c2 (sigmoid - mean sigmoid)", only=WITH_ORDER)
-    c2: float = flag(0.65, "0 keeps the order uniform", only=WITH_ORDER)
+    block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
+    weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
+    c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
-    random_share: float = flag(0.0, "of texts read in random order", least=0, below=1, only="loa3")
+    random_share: float = flag(0.0, "of texts in random order", least=0, below=1, only="loa3")
     # optimisation
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
     gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
-    max_iters: int | None = flag(None, "steps", least=1, resume=True)
+    max_iters: int | None = flag(None, "steps, and the end of the cosine", least=1, resume=True)
     learning_rate: float | None = flag(None, "the highest", least=1e-12, resume=True)
-    min_lr: float | None = flag(None, "[a tenth]", least=0, resume=True, follows="learning_rate")
-    warmup_iters: int | None = flag(None, "linear, to the highest [100, a tenth at most]", least=0)
-    lr_decay_iters: int | None = flag(None, "end of cosine [max_iters]", least=1, resume=True)
+    warmup_iters: int | None = flag(None, "linear [100, a tenth of the steps at most]", least=0)
     weight_decay: float = flag(0.1, "of matrices", least=0)
-    beta1: float = flag(0.9, "", least=0, below=1)
-    beta2: float | None = flag(None, "", least=0, below=1)
-    grad_clip: float = flag(1.0, "largest norm of the gradient", least=1e-12, resume=True)
-    ema: float = flag(0.0, "decay of averaged weights, to validate and sample", least=0, below=1)
+    beta2: float | None = flag(None, "of AdamW", least=0, below=1)
     eval_interval: int | None = flag(None, "steps between validations", least=1, resume=True)
     eval_windows: int = flag(2000, "to validate on, evenly spread", least=1)
-    eval_draws: int = flag(1, "orders for each of them", least=1)
     log_interval: int = flag(10, "steps between lines in log.jsonl", least=1, resume=True)
     dtype: str | None = flag(None, "", ("float32", "bfloat16"), resume=True, follows="device")
     compile: bool | None = flag(None, "torch.compile the loss", resume=True, follows="device")
@@ -134,163 +175,245 @@ class Settings:
 
 
 def settle(s, device, like=None):
-    """Fill in what follows the preset, a model or other flags, and refuse what cannot be."""
-    s.text_len = data.TEXT_LEN.get(s.data) if s.text_len is None else s.text_len
-    known = PRESETS[s.preset] | (dict(seq_len=s.text_len) if s.text_len else {})
-    known |= {name: getattr(like.config, name) for name in SIZES if like}
-    known["lr_decay_iters"] = steps = s.lr_decay_iters or s.max_iters or known["max_iters"]
-    known["warmup_iters"] = min(known["warmup_iters"], max(0, steps // 10))
-    known["min_lr"] = (s.learning_rate or known["learning_rate"]) / 10
+    """Fill in the settings that follow the preset, a model `like` that is given, or other
+    flags, and refuse what cannot be."""
+    known = dict(PRESETS[s.preset])
+    if s.text_len:
+        known["seq_len"] = s.text_len
+    if like:
+        known |= {name: getattr(like.config, name) for name in SIZES}
+    steps = s.max_iters or known["max_iters"]
+    known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["compile"] = cli.is_modern(device)
     known["dtype"] = "bfloat16" if known["compile"] else "float32"
     known["block_len"] = 16 if s.model == "block" else None
+
     for name, value in known.items():
-        setattr(s, name, value if getattr(s, name) is None else getattr(s, name))
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+
     cli.check(s)
     with cli.one_line(ValueError):
-        a3.curriculum(0, s.lr_decay_iters, s.shares, s.group_size)
-    wrong = [name for name in SIZES if like and getattr(s, name) != getattr(like.config, name)]
-    refuse(wrong, f"--{[*wrong, ''][0]} is not that of {s.init_from}; leave it out")
-    whole = s.model == "block" and not 1 < s.block_len < s.seq_len
-    refuse(whole, f"--block_len: above 1 (--model arm), below {s.seq_len} (--model mdm)")
-    refuse(s.weights == "exp" and (s.c1, s.c2) != (0.7, 0.65), "--c1, --c2: for --weights normsig")
-    refuse(s.min_lr > s.learning_rate, "--min_lr must not exceed --learning_rate")
-    refuse(s.warmup_iters > s.lr_decay_iters, f"--warmup_iters exceeds {s.lr_decay_iters} steps")
-    refuse(s.seq_len % (s.text_len or 1), f"--seq_len must hold whole texts, of {s.text_len}")
-    refuse(s.model == "loa3" and s.batch_size < 2, "loa3 compares texts: --batch_size 2 at least")
-    uneven = f"{s.gradient_accumulation_steps} must be divisible by the {WORLD} processes"
-    refuse(s.gradient_accumulation_steps % WORLD, f"--gradient_accumulation_steps {uneven}")
-    if s.max_iters > s.lr_decay_iters:
-        print(f"the learning rate stays at {s.min_lr:g} after step {s.lr_decay_iters}")
+        a3.curriculum(0, s.max_iters, s.shares, s.group_size)
+    for name in SIZES:
+        same = like is None or getattr(s, name) == getattr(like.config, name)
+        need(same, f"--{name} is not that of {s.init_from}; leave it out")
+    between = s.model != "block" or 1 < s.block_len < s.seq_len
+    need(between, f"--block_len: above 1 (--model arm), below {s.seq_len} (--model mdm)")
+    need(s.weights == "normsig" or s.c2 == 0.65, "--c2 is for --weights normsig")
+    long = f"--max_iters {s.max_iters} is less than the {s.warmup_iters} steps of the warmup"
+    need(s.warmup_iters <= s.max_iters, long)
+    need(s.seq_len % (s.text_len or 1) == 0, f"--seq_len must hold whole texts, of {s.text_len}")
+    pairs = s.model != "loa3" or s.batch_size >= 2
+    need(pairs, "loa3 compares texts: --batch_size 2 at least")
+    M = s.gradient_accumulation_steps
+    fair = f"--gradient_accumulation_steps {M} must be divisible by the {WORLD} processes"
+    need(M % WORLD == 0, fair)
 
 
-# ---- batches, learning rate, validation ----------------------------------------------------------
+# ---- batches, learning rate, validation ------------------------------------------------------
+
+
 def windows(text, starts, L, device):
-    """(len(starts), L). From pinned memory the CPU need not wait until a GPU has them."""
-    x = torch.from_numpy(text[np.asarray(starts)[:, None] + np.arange(L)].astype(np.int64))
-    cuda = torch.device(device).type == "cuda"
-    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+    """The windows of L tokens of `text` that begin at starts: (len(starts), L)."""
+    x = text[np.asarray(starts)[:, None] + np.arange(L)].astype(np.int64)
+    x = torch.from_numpy(x)
+
+    # From pinned memory, the CPU need not wait until a GPU has them.
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def spread(n, L, most):
-    """Where windows of L begin in n tokens: side by side, but evenly spread if more than most."""
+    """Where windows of L begin in n tokens: side by side, but evenly spread if more than
+    most."""
     whole = n // L
-    return np.arange(min(whole, most)) * whole // min(whole, most) * L
+    count = min(whole, most)
+    return np.arange(count) * whole // count * L
 
 
 def get_batch(s, text, step, m, device):
-    """Windows (batch_size, seq_len) for micro-batch m. Its seed also decides orders and dropout."""
-    seed = np.random.SeedSequence((s.seed, step, m + 1)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(seed))  # m + 1: SeedSequence takes (7,) and (7, 0) for the same
+    """Windows (batch_size, seq_len) for micro-batch m of a step. The seed that is set here
+    also decides what the loss draws: orders, and dropout."""
+    entropy = (s.seed, step, m + 1)  # m + 1, as SeedSequence takes (7,) and (7, 0) for the same
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed))
+
     each = s.text_len or 1  # windows begin where texts begin
     starts = torch.randint((len(text) - s.seq_len) // each + 1, (s.batch_size,)) * each
     return windows(text, starts, s.seq_len, device)
 
 
 def get_lr(step, s):
+    """Linear warmup, then a cosine down to a tenth at max_iters."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
-    done = (step - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters)
-    return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+    done = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    cosine = (1 + math.cos(math.pi * min(1, done))) / 2  # from 1 to 0
+    return s.learning_rate * (0.1 + 0.9 * cosine)
 
 
 @torch.no_grad()
 def estimate_loss(model, val, s, device):
-    """[(figure, mean, standard error)], nats per token, over windows of val. In float32, and with
-    the same orders every time: one checkpoint has one number. The error is that of windows and
-    orders, not of seeds."""
-    found, starts = [], spread(len(val), s.seq_len, s.eval_windows)
-    n, rows = len(starts), max(1, 2**14 // s.seq_len)  # 16k tokens a pass
-    for figure, how in MODELS[s.model][3].items():
-        generator, nats = torch.Generator(device).manual_seed(1), []
+    """[(figure, mean, standard error)] of figures_of(model), in nats per token, over windows
+    of val. They are in float32, and with the same orders every time, so that one checkpoint
+    has one number. The error is that of windows and orders, not of seeds."""
+    model.eval()
+    starts = spread(len(val), s.seq_len, s.eval_windows)
+    n = len(starts)
+    rows = max(1, 2**14 // s.seq_len)  # 16k tokens a pass
+
+    found = []
+    for figure, how in figures_of(model).items():
+        generator = torch.Generator(device).manual_seed(1)
+        nats = []
         for some in np.split(starts, range(rows, n, rows)):
             x = windows(val, some, s.seq_len, device)
-            nats.append(model.nelbo(x, s.eval_draws, generator=generator, **how))
+            nats.append(model.nelbo(x, generator=generator, **how))
         per_token = torch.cat(nats).cpu().double() / s.seq_len  # (n,)
         error = per_token.std(correction=min(1, n - 1)) / math.sqrt(n)
         found.append((figure, per_token.mean().item(), error.item()))
+
+    model.train()
     return found
 
 
-# ---- training ------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------
+
+
+def make_optimizer(model, s):
+    """AdamW with weight decay for matrices, and what else a model asks for by itself."""
+    own = model.parameter_groups() if hasattr(model, "parameter_groups") else []
+    apart = {id(p) for group in own for p in group["params"]}
+    rest = [p for p in model.parameters() if id(p) not in apart]
+
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": s.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        *own,
+    ]
+    return torch.optim.AdamW(groups, s.learning_rate, (0.9, s.beta2), fused=True)
+
+
+def loss_arguments(s, step, x):
+    """What the loss is given besides x: for A3, groups by the stage of its curriculum, and
+    whether all of them have one token."""
+    if s.model != "a3":
+        return {}
+    stage, size = a3.curriculum(step, s.max_iters, s.shares, s.group_size)
+    draw = a3.random_groups if stage == 3 else a3.chunk_groups
+    return {"groups": draw(*x.shape, size, device=x.device), "single": size == 1}
+
+
+def train_step(s, step, model, loss_of, optimizer, text, device):
+    """One step of training. Returns its metrics, {name: number on the device}, for to read a
+    number the CPU would have to wait for the GPU."""
+    # The gradient of the mean loss over all micro-batches, of which this process has its
+    # share.
+    M = s.gradient_accumulation_steps
+    each = []
+    for m in range(RANK, M, WORLD):
+        x = get_batch(s, text, step, m, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+            loss, metrics = loss_of(x, **loss_arguments(s, step, x))
+        (loss * WORLD / M).backward()
+        each.append(metrics)
+    processes.average_gradients(model)
+
+    # Some parameters are neither clipped nor moved before their time: see
+    # LoA3.parameter_groups().
+    plain = [group for group in optimizer.param_groups if "starts_after" not in group]
+    norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)
+    for group in optimizer.param_groups:
+        started = step >= int(group.get("starts_after", 0) * s.max_iters)
+        group["lr"] = get_lr(step, s) if started else 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    mean = {name: sum(metrics[name] for metrics in each) / len(each) for name in each[0]}
+    return {"grad_norm": norm} | mean
+
+
+def report(s, step, pending, stop, took, in_all, saved_at, bar):
+    """Log the mean of the metrics since the last report, `pending`, a list of dicts. These steps
+    took so many seconds, of so many in all. Returns whether any process was asked to stop."""
+    numbers = torch.stack([torch.stack(list(metrics.values())) for metrics in pending])
+    numbers, stopping = processes.mean_and_any(numbers, stop)  # (steps, metrics)
+    cli.refuse_nan(numbers.sum(1).tolist(), step - len(pending) + 1, saved_at)
+    mean = dict(zip(pending[0], numbers.mean(0).tolist(), strict=True))
+
+    tokens = len(pending) * s.batch_size * s.gradient_accumulation_steps * s.seq_len
+    speed = tokens / took
+    bar.set_postfix_str(f"loss {mean['nelbo']:.4f}, {speed:,.0f} tok/s")
+    mean |= {"lr": get_lr(step - 1, s), "tokens_per_second": speed, "seconds": in_all}
+    checkpoint.log(Path(s.out_dir), step=step, **mean)
+    return stopping
+
+
+def validate(s, step, model, corpus, device, saved_at):
+    """Print and log the figures of a model, and return the first one. Of several processes one
+    validates, and the others wait."""
+    if RANK:
+        return math.inf
+    found = estimate_loss(model, corpus.val, s, device)
+    cli.refuse_nan([found[0][1]], step, saved_at)
+    for figure, nats, error in found:
+        checkpoint.log(Path(s.out_dir), step=step, val=nats, val_error=error, kind=figure)
+        unit = f"{corpus.tokenizer.unit}, perplexity {math.exp(min(nats, 700)):.4g}"
+        tqdm.write(f"step {step}: val {nats:.4f} ± {error:.4f} {unit} ({figure})")
+    return found[0][1]
+
+
 def train(s, device, corpus, model, ckpt, about):
-    """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between two
-    steps, all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
-    out, named = Path(s.out_dir), dict(model.named_parameters())
-    # The order of loa3 waits until the network has learned something: what is easy to learn first
-    # is not what is best. No clipping, and a large eps: by itself Adam would blow up noise.
-    choices = [named.pop(name) for name in list(named) if name.startswith("order.")]
-    weights = list(named.values())
-    matrices = dict(params=[p for p in weights if p.ndim > 1], weight_decay=s.weight_decay)
-    groups = [matrices, dict(params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
-    groups += [dict(params=choices, weight_decay=0.0, eps=0.3)] if choices else []
-    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=True)
-    used = copy.deepcopy(model).requires_grad_(False) if s.ema else model  # to validate and sample
+    """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between
+    two steps, all saved. about: what else checkpoints hold. Returns steps and seconds in
+    all."""
+    out = Path(s.out_dir)
+    optimizer = make_optimizer(model, s)
     step, best, seconds = 0, math.inf, 0.0
     if ckpt:
         step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
         optimizer.load_state_dict(ckpt["optimizer"])
-        used.load_state_dict(ckpt["used"])
+        if step >= s.max_iters:
+            print(f"already at step {step}; a larger --max_iters goes on")
     saved_at = step
-    if step >= s.max_iters:
-        print(f"already at step {step}; a larger --max_iters goes on")
+
     loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
-    inputs, M = INPUTS.get(s.model, lambda *_: {}), s.gradient_accumulation_steps
-    pending, began = [], time.perf_counter()  # the numbers since the last log line
-    bar = tqdm(total=s.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0)
+    unit = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
+    bar = tqdm(total=s.max_iters, initial=step, **unit)
     model.train()
+    pending, began = [], time.perf_counter()
     with processes.stop_signals() as stop, bar:
         while step < s.max_iters:
-            lr, each = get_lr(step, s), []
-            for m in range(RANK, M, WORLD):  # the micro-batches of this process
-                x = get_batch(s, corpus.train, step, m, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-                    loss, metrics = loss_of(x, **inputs(s, step, x))
-                (loss * WORLD / M).backward()
-                each.append(torch.stack(list(metrics.values())))
-            processes.average_gradients(model)
-            norm = torch.nn.utils.clip_grad_norm_(weights, s.grad_clip)
-            for i, group in enumerate(optimizer.param_groups):  # 2: loa3's order
-                group["lr"] = lr if i < 2 or step >= s.lr_decay_iters // 3 else 0.0
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if s.ema:  # the average begins with the weights after the first step
-                new, now = 1 - s.ema if step else 1.0, [p.data for p in model.parameters()]
-                torch._foreach_lerp_(list(used.parameters()), now, new)
-            # kept on the device: to read a number, the CPU would have to wait for the GPU
-            pending.append(torch.cat((norm[None], torch.stack(each).mean(0))))
+            # Learn.
+            metrics = train_step(s, step, model, loss_of, optimizer, corpus.train, device)
+            pending.append(metrics)
             step += 1
             bar.update()
 
+            # Most steps end here. Several processes hear of a signal when they report, as all
+            # have to stop at one step.
             due = step % s.eval_interval == 0 or step == s.max_iters
-            stopping = processes.any_of(stop, device)  # all stop at one step, so all wait
-            if not (due or step % s.log_interval == 0 or stopping):
+            if not (due or step % s.log_interval == 0 or (stop and WORLD == 1)):
                 continue
-            numbers = processes.mean(torch.stack(pending)).cpu().double()  # (steps, numbers)
-            took, n = time.perf_counter() - began, len(pending)
-            cli.refuse_nan(numbers.sum(1).tolist(), step - n + 1, saved_at)
-            speed, seconds = n * s.batch_size * M * s.seq_len / took, seconds + took
-            mean = dict(zip(("grad_norm", *metrics), numbers.mean(0).tolist(), strict=True))
-            bar.set_postfix_str(f"loss {mean['nelbo']:.4f}, {speed:,.0f} tok/s")
-            mean |= dict(lr=lr, tokens_per_second=speed, seconds=seconds)
-            checkpoint.log(out, step=step, **mean)
-            val = math.inf
-            if due and RANK == 0:  # one process validates, the others wait
-                found = estimate_loss(used.eval(), corpus.val, s, device)
-                model.train()
-                val = found[0][1]
-                cli.refuse_nan([val], step, saved_at)
-                for figure, nats, error in found:
-                    checkpoint.log(out, step=step, val=nats, val_error=error, kind=figure)
-                    unit = f"{corpus.tokenizer.unit}, perplexity {math.exp(min(nats, 700)):.4g}"
-                    tqdm.write(f"step {step}: val {nats:.4f} ± {error:.4f} {unit} ({figure})")
+
+            # Report, and from time to time validate.
+            took = time.perf_counter() - began
+            seconds += took
+            stopping = report(s, step, pending, stop, took, seconds, saved_at, bar)
+            val = validate(s, step, model, corpus, device, saved_at) if due else math.inf
+
+            # Save the best model, and all that is needed to go on.
             if due or stopping:
-                is_best, best, saved_at = val < best, min(val, best), step
-                now = about | dict(step=step, best=best, seconds=seconds)
+                is_best = val < best
+                best = min(val, best)
+                now = about | {"step": step, "best": best, "seconds": seconds}
+                now["model"] = model.state_dict()
                 if is_best:
-                    checkpoint.save(out / "ckpt.pt", now | dict(model=used.state_dict()))
-                now |= dict(optimizer=optimizer.state_dict(), used=used.state_dict())
-                checkpoint.save(out / "last.pt", now | dict(model=model.state_dict()))
+                    checkpoint.save(out / "ckpt.pt", now)
+                checkpoint.save(out / "last.pt", now | {"optimizer": optimizer.state_dict()})
+                saved_at = step
             if stopping:
                 resume = f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
                 raise cli.Stopped(f"stopped at step {step}, all saved; go on with: {resume}", *stop)
@@ -298,80 +421,120 @@ def train(s, device, corpus, model, ckpt, about):
     return step, seconds
 
 
-# ---- start ---------------------------------------------------------------------------------------
+# ---- start -----------------------------------------------------------------------------------
+
+
 def pretrained(s):
     """The LLaMA or ARM that --init_from names as an A3, and the ARM's tokenizer."""
-    folder, fields = Path(s.init_from), dict(left_neighbour=s.left_neighbour)
+    folder = Path(s.init_from)
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
-            other = s.tokenizer not in (None, s.init_from)
-            refuse(other, f"--tokenizer is that of {s.init_from}; leave it out")
-            s.tokenizer, s.dropout = s.init_from, s.dropout or 0.0
+            same = s.tokenizer in (None, s.init_from)
+            need(same, f"--tokenizer is that of {s.init_from}; leave it out")
+            s.tokenizer = s.init_from
+            s.dropout = s.dropout or 0.0
             L = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
-            return llama.from_pretrained(folder, L, dropout=s.dropout, **fields), None
-        refuse(not (folder / "ckpt.pt").is_file(), f"--init_from {folder}: no LLaMA, no ARM there")
+            how = {"dropout": s.dropout, "left_neighbour": s.left_neighbour}
+            return llama.from_pretrained(folder, L, **how), None
+
+        is_run = (folder / "ckpt.pt").is_file()
+        need(is_run, f"--init_from {folder}: no LLaMA, no ARM there")
         ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
-        refuse(ckpt["model_name"] != "arm", f"--init_from {folder}: neither a LLaMA nor an ARM")
-        s.dropout = arm.config.dropout if s.dropout is None else s.dropout
+        is_arm = ckpt["model_name"] == "arm"
+        need(is_arm, f"--init_from {folder}: neither a LLaMA nor an ARM")
+
+        if s.dropout is None:
+            s.dropout = arm.config.dropout
         sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}
-        model = a3.A3(a3.Config(**sizes, **fields, dropout=s.dropout))
+        config = a3.Config(**sizes, dropout=s.dropout, left_neighbour=s.left_neighbour)
+        model = a3.A3(config)
         model.load_arm(ckpt["model"])
     return model, ckpt["tokenizer"]
 
 
 def new_model(s, vocab_size):
+    """A model with random weights: the fields of its Config from MODELS, or flags of that
+    name."""
     torch.manual_seed(s.seed)
-    _, fixed, flags, _ = MODELS[s.model]
-    config = {name: getattr(s, name) for name in (*SIZES, "dropout", *flags)} | fixed
+    _, Config, fixed = MODELS[s.model]
+    names = {f.name for f in fields(Config)} & {f.name for f in fields(Settings)}
+    config = {name: getattr(s, name) for name in names}
     with cli.one_line(ValueError):
-        return make_model(s.model, dict(vocab_size=vocab_size) | config)
+        return make_model(s.model, config | {"vocab_size": vocab_size} | fixed)
 
 
-def main(argv=None):
-    given, ckpt, model = cli.parse(Settings, argv, __doc__, PRESETS), None, None
-    held = wanted = None  # the lock of out_dir, the tokenizer that --init_from asks for
+def begin(given):
+    """Settings, device, model and checkpoint (None for what is not there yet), the tokenizer
+    that --init_from asks for, and the lock of out_dir."""
     out = Path(given.get("out_dir", Settings.out_dir))
-    given |= processes.join(given.get("device"))
+    given = given | processes.join(given.get("device"))
     s = Settings(**given)
+    ckpt = model = held = tokenizer = None
     if s.resume:
         held = checkpoint.only_run(out)  # first, as a run that is just ending still saves
         ckpt, model = checkpoint.load(out / "last.pt", make_model)
         s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+
     device = cli.pick_device(s.device)
-    s.device, s.preset = str(device), s.preset or ("base" if device.type == "cuda" else "small")
+    s.device = str(device)
+    s.preset = s.preset or ("base" if device.type == "cuda" else "small")
+    s.data = s.data or PRESETS[s.preset]["data"]
+    if s.text_len is None:
+        s.text_len = data.TEXT_LEN.get(s.data)
     if s.init_from and not ckpt:
         cli.check(s)  # is it for this model?
-        model, wanted = pretrained(s)
+        model, tokenizer = pretrained(s)
     settle(s, device, None if ckpt else model)
     held = held or checkpoint.only_run(out)  # a lock, as long as this process lives
+    return s, device, ckpt, model, tokenizer, held
+
+
+def main(argv=None):
+    given = cli.parse(Settings, argv, __doc__, PRESETS)
+    s, device, ckpt, model, wanted, _lock = begin(given)
+
+    # The text.
     with processes.first_only():
         where = s.data, s.tokenizer, s.val_data, s.data_dir, s.text_len
         corpus = data.load(*where, s.out_dir, s.seq_len)
-    s.data, tokenizer = corpus.name, corpus.tokenizer
-    refuse(not processes.agree(corpus.sha256), "the processes have different texts; see --data")
-    changed = ckpt and ckpt["data_sha256"] != corpus.sha256
-    refuse(changed, f"--data {s.data} is not the text that this run began with")
-    other = wanted and tokenizer.state != wanted
-    refuse(other, f"{s.init_from} has another vocabulary than --data {s.data}")
-    small = model and model.config.vocab_size < tokenizer.size
-    refuse(small, f"{s.init_from} has fewer embeddings than its tokenizer has tokens")
+    s.data = corpus.name
+    tokenizer = corpus.tokenizer
+    need(processes.agree(corpus.sha256), "the processes have different texts; see --data")
+    same = not ckpt or ckpt["data_sha256"] == corpus.sha256
+    need(same, f"--data {s.data} is not the text that this run began with")
+    same = not wanted or wanted == tokenizer.state
+    need(same, f"{s.init_from} has another vocabulary than --data {s.data}")
+    enough = model is None or model.config.vocab_size >= tokenizer.size
+    need(enough, f"{s.init_from} has fewer embeddings than its tokenizer has tokens")
+
+    # The model.
     model = model or new_model(s, tokenizer.size)
-    about = dict(model_name=s.model, config=asdict(model.config), settings=asdict(s))
-    about |= dict(tokenizer=tokenizer.state, data_sha256=corpus.sha256)
-    checkpoint.begin(out, ckpt, about)
+    about = {
+        "model_name": "llama" if isinstance(model, llama.Llama) else s.model,
+        "config": asdict(model.config),
+        "settings": asdict(s),
+        "tokenizer": tokenizer.state,
+        "data_sha256": corpus.sha256,
+        "code": checkpoint.code_digest(OUR_CODE),
+    }
+    checkpoint.begin(Path(s.out_dir), ckpt, about)
     n = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
     print(f"{s.model} on {s.data}: {n}, {corpus}, {WORLD} x {device}, {s.dtype}")
+
+    # Train, then show what the best checkpoint writes.
     step, seconds = train(s, device, corpus, model.to(device), ckpt, about)
     processes.leave()
     if RANK:
         return
-    best, model = checkpoint.load(out / "ckpt.pt", make_model, device)
+    path = Path(s.out_dir) / "ckpt.pt"
+    best, model = checkpoint.load(path, make_model, device)
     val = f"{best['best']:.4f} {tokenizer.unit} at step {best['step']}"
-    print(f"{step} steps in {seconds:.0f} s; best val {val}, in {out / 'ckpt.pt'}")
+    print(f"{step} steps in {seconds:.0f} s; best val {val}, in {path}")
     if s.num_samples:
         z = torch.full((s.num_samples, s.seq_len), model.mask_id, device=device)
-        x, at = model.eval().sample(z, generator=torch.Generator(device).manual_seed(s.seed))
-        pictures.show(pictures.pieces(tokenizer, x, at), order=True)
+        generator = torch.Generator(device).manual_seed(s.seed)
+        x, revealed_at = model.eval().sample(z, generator=generator)
+        pictures.show(pictures.pieces(tokenizer, x, revealed_at), order=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import a3
 import train_char
+from beyond.speculative import generate_speculative
 from plumbing import cli
 from plumbing.cli import UserError, flag, refuse
 
@@ -75,7 +76,7 @@ def make(name, s):
     torch.manual_seed(0)
     try:
         with torch.device(s.device):
-            model = train_char.make_model(kind, sizes | train_char.MODELS[kind][1] | more)
+            model = train_char.make_model(kind, sizes | train_char.MODELS[kind][2] | more)
     except ValueError as e:
         raise UserError(f"{name}: {e}; --models can leave it out") from None
     loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
@@ -140,6 +141,11 @@ def training(names, s):
         )
 
 
+def drafted(model, z, k):
+    groups = a3.chunk_groups(*z.shape, device=z.device)
+    return generate_speculative(model, z, groups, k)
+
+
 @torch.no_grad()
 def sampling(names, s):
     z = torch.full((s.batch_size, s.seq_len), s.vocab_size, device=s.device)  # all [MASK]
@@ -156,7 +162,7 @@ def sampling(names, s):
             for name in {"arm", "block 16"} & models.keys():
                 ways[f"{name} without cache"] = partial(models[name].sample, z, cache=False)
             for k in (2, 4) if three else ():
-                ways[f"a3, {k} drafts"] = partial(three.sample, z, drafts=k)
+                ways[f"a3, {k} drafts"] = partial(drafted, three, z, k)
         if three:
             groups = a3.random_groups(*z.shape, m, device=z.device)
             ways["a3 in groups"] = partial(three.generate, blank, groups)

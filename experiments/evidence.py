@@ -31,7 +31,9 @@ import torch
 import a3
 import lomdm
 import train_char
-from experiments.by_time import ByTime
+from beyond import loa3
+from beyond.decoders import decoder_log_prob
+from experiments import charts
 from experiments.runs import Run, by_seed
 from plumbing import cli, pictures
 from plumbing.cli import refuse
@@ -46,14 +48,18 @@ def require_lomdm(run):
     refuse(isinstance(run.model, a3.A3), f"{run.name} holds an A3; this is for lomdm.py's models")
 
 
+def has_order(model):
+    return isinstance(model, loa3.LoA3) or getattr(model.config, "learn_order", False)
+
+
 def require_order(run):
-    none = not run.model.config.learn_order
-    refuse(none, f"{run.name} holds a model without a learned order")
+    refuse(not has_order(run.model), f"{run.name} holds a model without a learned order")
 
 
 def log_weights(model, x, *_):
     """Of the order, (B, L): large is early."""
-    return model.order_log_weights(x) if isinstance(model, a3.A3) else model.order_weights(x).log()
+    learned = isinstance(model, loa3.LoA3)
+    return model.order_log_weights(x) if learned else model.order_weights(x).log()
 
 
 def mean_error(v):
@@ -76,7 +82,7 @@ def point(x, v):
 def draw(a, series, *labels):
     if a.svg:
         series = {os.path.basename(name): points for name, points in series.items()}
-        pictures.write(a.svg, pictures.chart(series, *labels))
+        pictures.write(a.svg, charts.chart(series, *labels))
 
 
 # ---- logs ----------------------------------------------------------------------------------------
@@ -113,20 +119,20 @@ def curves(a):
 
 # ---- bounds --------------------------------------------------------------------------------------
 def terms(model, x, k, g, gap=None):
-    """The jump bound, (4) of lomdm.py, from one order for each block of x (B, L) of which k (B, n)
+    """The jump bound, (2) of lomdm.py, from one order for each block of x (B, L) of which k (B, n)
     positions are revealed: recon and order (B, n), nats. gap (L,) bool: all else is given."""
     w = model.order_weights(x).view(*k.shape, -1)  # (B, n, K)
     gap = torch.ones_like(w[0]).bool() if gap is None else gap.view_as(w[0])  # (n, K)
     ranking = lomdm.race(w * gap, g)  # what is given has weight 0 and comes last
     masked = (ranking.argsort(-1) >= k[..., None]) & gap
-    nll, w_hat = model.look(x, masked)
+    nll, w_hat = model.predict_masked(x, masked)
     return lomdm.jump_terms(nll, w, w_hat, masked)[:2]
 
 
 def order_term(model, x, g):
     """(B,) nats."""
     (B, L), K = x.shape, model.config.block_len
-    k = lomdm.spread_counts(B, L // K, K, g, x.device)
+    k = lomdm.stratified_counts(B, L // K, K, g, x.device)
     return terms(model, x, k, g)[1].sum(-1)
 
 
@@ -163,7 +169,7 @@ def bounds(a):
 
 def next_cost(model, x, g, k):
     """Nats (B,) at the next position of an order, k positions of x (B, L) being revealed."""
-    if model.config.learn_order and isinstance(model, a3.A3):
+    if isinstance(model, loa3.LoA3):
         return sum(model.order_terms(x, g))[:, k]
     if isinstance(model, a3.A3):
         groups = a3.random_groups(*x.shape, 1, g, x.device)
@@ -202,7 +208,7 @@ def gap_cost(model, x, g, gap, by=None):
     K = model.config.block_len
     size = gap.view(-1, K).sum(-1)  # (n,): how much of each block is in the gap
     steps = math.lcm(*size[size > 0].tolist())  # so that k is uniform on {0 .. size - 1}
-    k = lomdm.spread_counts(len(x), len(size), steps, g, x.device) * size // steps
+    k = lomdm.stratified_counts(len(x), len(size), steps, g, x.device) * size // steps
     recon, order = terms(model, x, k, g, gap)
     return ((recon + order) * size / K).sum(-1)
 
@@ -240,7 +246,7 @@ CLASSES = {
 def share_after(model, x, g):
     """How much of its block comes after each position, mean of 16 races: (B, L)."""
     s = log_weights(model, x).view(-1, getattr(model.config, "block_len", x.shape[1]))
-    arrival = sum(a3.race(s, g).argsort(1) for _ in range(16)) / 16  # (B * n, K)
+    arrival = sum(loa3.race(s, g).argsort(1) for _ in range(16)) / 16  # (B * n, K)
     return 1 - arrival.view_as(x) / max(1, s.shape[1] - 1)
 
 
@@ -422,9 +428,9 @@ def decoders(a):
         bound = run.over_windows(lambda m, x, g: m.nelbo(x, 32, generator=g)) / L
         print(f"{run.name:20} bound       {shown(bound)}")
         for by in RULES:
-            if by == "random" or (by == "order" and not run.model.config.learn_order):
+            if by == "random" or (by == "order" and not has_order(run.model)):
                 continue  # takes other steps each time
-            nats = run.over_windows(lambda m, x, _, by=by: -m.decoder_log_prob(x, by)) / L
+            nats = run.over_windows(lambda m, x, _, by=by: -decoder_log_prob(m, x, by)) / L
             more, error = mean_error(nats - bound)
             print(f"{'':20} {by:11} {shown(nats)}, {more:+.4f} ± {error:.4f}", flush=True)
 
@@ -437,7 +443,7 @@ def variance(a):
         run = load(out_dir, a)
         require_lomdm(run)
         x = run.val[:: max(1, len(run.val) // 16)][:16]
-        for how, cls in (("orders", lomdm.LoMDM), ("times", ByTime)):
+        for how, cls in (("orders", lomdm.LoMDM), ("times", lomdm.ByTime)):
             model = cls(run.model.config).to(a.device).eval()
             model.load_state_dict(run.model.state_dict())
             loss, noise = noise_of(model, x, a.draws)

@@ -27,8 +27,9 @@ import torch
 
 import a3
 import lomdm
+from beyond import llama
 from experiments.evidence import shown
-from plumbing import checkpoint, cli, llama
+from plumbing import checkpoint, cli
 from plumbing.cli import UserError, refuse
 from plumbing.tokenizers import HuggingFace, tokenizer_of
 from sample import RULES
@@ -43,11 +44,11 @@ def gap_bound(model, x, gap, draws, g):
     gap = gap.view(-1, K)  # (n, K)
     size = gap.sum(-1)
     steps = math.lcm(*size[size > 0].tolist())  # so that k is uniform on {0 .. size - 1}
-    k = lomdm.spread_counts(draws, len(size), steps, g, x.device) * size // steps  # (draws, n)
+    k = lomdm.stratified_counts(draws, len(size), steps, g, x.device) * size // steps  # (draws, n)
     w = model.order_weights(x[None]).view(1, -1, K).expand(draws, -1, -1)  # (draws, n, K)
     masked = (lomdm.race(w * gap, g).argsort(-1) >= k[..., None]) & gap
-    x = x.masked_fill(hidden, 0).repeat(draws, 1)  # any token: look() costs it, nobody counts it
-    nll, w_hat = model.look(x, masked | hidden.view(-1, K))
+    x = x.masked_fill(hidden, 0).repeat(draws, 1)  # any token: it costs it, nobody counts it
+    nll, w_hat = model.predict_masked(x, masked | hidden.view(-1, K))
     recon, order, _ = lomdm.jump_terms(nll, w, w_hat, masked)
     return ((recon + order) * size / K).sum(-1).mean().item()
 
@@ -59,7 +60,7 @@ def is_greedy(model, x, gap):
     b, todo = torch.arange(len(x), device=x.device) // K, gap.clone()
     while todo.any():
         h, attention = model.features(z[None])
-        w_hat = model.g_hat(h, *attention, len(x))[0]  # (L,)
+        w_hat = model.g_hat(h, *attention)[0]  # (L,)
         i = (w_hat * (todo & (b == b[todo][0]))).argmax()
         if model.logits(h[0, i]).argmax() != x[i]:
             return False
@@ -129,7 +130,10 @@ class Scorer:
     def left_to_right(self, pairs):
         x, gaps = map(torch.stack, zip(*(self.place(*pair) for pair in pairs), strict=True))
         groups = a3.chunk_groups(*x.shape, device=self.device)
-        h = self.model.features(x, groups) if self.is_a3 else self.model.features(x)[0]
+        if self.is_a3:
+            h = a3.sorted_features(self.model, x, groups, single=True)
+        else:
+            h, _ = self.model.features(x)
         found = []
         for h_row, x_row, gap in zip(h, x, gaps, strict=True):
             log_p, target = self.model.logits(h_row[gap]).log_softmax(-1), x_row[gap]  # (n, V)

@@ -15,9 +15,9 @@ from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
-from experiments import run_all
+from experiments import charts, run_all
 from experiments.run_all import FIVE, SIZES
-from plumbing import checkpoint, cli, pictures
+from plumbing import checkpoint, cli
 from plumbing.cli import refuse
 
 HERE = Path("experiments")
@@ -253,7 +253,7 @@ def draw(picture, series, xlabel, ylabel):
     series = {name: points for name, points in series.items() if points}
     if not series:
         return NOT_YET
-    svg = pictures.chart(series, xlabel, ylabel)
+    svg = charts.chart(series, xlabel, ylabel)
     checkpoint.write_file(HERE / "pictures" / picture, lambda path: path.write_text(svg, "utf-8"))
     return f"![{ylabel}](pictures/{picture})"
 

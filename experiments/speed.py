@@ -16,6 +16,9 @@ from argparse import RawDescriptionHelpFormatter
 
 import torch
 
+import a3
+from beyond import loa3
+from beyond.speculative import generate_speculative
 from experiments.evidence import FLAGS, entropy, judge_of, load, shown
 from plumbing import cli
 from plumbing.cli import refuse
@@ -35,13 +38,23 @@ def ways(name):
     return several | surest
 
 
+def draw(model, z, drafts=1, **how):
+    if drafts == 1:
+        return model.sample(z, **how)
+    if isinstance(model, loa3.LoA3):
+        groups = model.draw_groups(z, generator=how.get("generator"))
+    else:
+        groups = a3.chunk_groups(*z.shape, device=z.device)
+    return generate_speculative(model, z, groups, drafts, **how)
+
+
 def tokens_a_second(model, batch, how, a):
     """A function that samples once and returns the seconds it took."""
     z = torch.full((batch, model.config.seq_len), model.mask_id, device=a.device)
 
     def once():
         began = time.perf_counter()
-        model.sample(z, **how)
+        draw(model, z, **how)
         if torch.device(a.device).type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() - began
@@ -52,10 +65,10 @@ def tokens_a_second(model, batch, how, a):
 def calls(model, how):
     """Of the network, a token: one text at a time, eight of them."""
     seen, g = [], torch.Generator(model.wte.weight.device).manual_seed(3)
-    hook = model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    hook = model.norm.register_forward_hook(lambda *_: seen.append(1))
     z = torch.full((1, model.config.seq_len), model.mask_id, device=g.device)
     for _ in range(8):
-        model.sample(z, generator=g, **how)
+        draw(model, z, generator=g, **how)
     hook.remove()
     return len(seen) / (8 * z.shape[1])
 
@@ -97,7 +110,7 @@ def main(argv=None):
         for i, (run, way, how) in enumerate(found):
             L, g = run.val.shape[1], torch.Generator(a.device).manual_seed(3)
             z = torch.full((a.samples, L), run.model.mask_id, device=a.device)
-            x, _ = run.model.sample(z, generator=g, **how)
+            x, _ = draw(run.model, z, generator=g, **how)
             cost = shown(judge.model.nelbo(x) / L) if judge else "-"
             fast = "".join(f"{v[i]:12,.0f}{v[i] / v[0]:7.2f}" for v in speeds)
             rest = f"{cost}   {entropy(x, run.tokenizer.size):.4f}"

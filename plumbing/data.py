@@ -4,9 +4,10 @@ Text to tokens on disk: train.bin, val.bin and meta.json, in a folder of their o
     python -m plumbing.data --data openwebtext              GPT-2 tokens, about 17 GB on disk
     python -m plumbing.data --data FILE_OR_FOLDER --tokenizer gpt2
 
-train_char.py calls load() with the same flags, so that running this is never needed, only possible.
-A source of texts is a function and its entry in SOURCES. Texts are read, encoded and written piece
-by piece: memory does not grow with the corpus.
+train_char.py calls load() with the same flags, so that running this is never needed, only
+possible. A source of texts is a function and its entry in SOURCES. Texts are read, encoded and
+written piece by piece: memory does not grow with the corpus. The folder's name holds a hash of
+the files' names, sizes and times, so that a text that has changed gets a folder anew.
 """
 
 import contextlib
@@ -16,20 +17,17 @@ import json
 import os
 import re
 import shutil
-import stat
-import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 from tqdm import tqdm
 
 from plumbing import cli
 from plumbing.checkpoint import lock, write_file
-from plumbing.cli import UserError, flag
+from plumbing.cli import UserError, flag, need
 from plumbing.tokenizers import TOKENIZERS, learn, tokenizer_of
 
 DATA = Path(__file__).parents[1] / "data"
@@ -37,27 +35,25 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FORMAT = 2  # of the folder; one of another format is prepared again
-PIECE = 2**20  # characters that are encoded at a time
-LONGEST = 2**23  # without a place to cut; then anywhere
-CHECKED = 2**27  # tokens whose checksum is looked at on each start: it takes a second at the most
+FORMAT = 3  # of the folder; one of another format is prepared again
+PIECE = 2**16  # characters of a file that are read at a time
+LONGEST = 2**20  # characters without a place to cut; then anywhere
+BATCH = 2**22  # characters that are encoded at a time, on all cores
 
 
 @dataclass
 class Text:
-    """What a source gives. Pieces of text are (begins a document?, text)."""
+    """What a source gives. parts() returns two functions, for train and for val, each of which
+    returns an iterator of (does a document begin here?, text). Instead of val, None stands for the
+    last tenth of train. files are those whose change makes the tokens old."""
 
     name: str  # what --data says for it
-    source: dict  # what tells whether it has changed since its tokens were made
-    parts: Callable  # () -> train, val: functions that return pieces; val None: a tenth of train
+    parts: Callable
     tokenizer: str = "char"  # unless a flag says otherwise
-    kept_as: str | None = None  # in a folder of that name, if not its own
+    files: list | tuple = ()
 
 
-# ---- sources -------------------------------------------------------------------------------------
-# Each is called with the folder that holds all data.
-
-
+# ---- sources, each called with the folder that holds all data -----------------------------------
 def shakespeare(root):
     """tinyshakespeare, downloaded once; without network, a text that every Python has."""
     path = root / "tinyshakespeare" / "input.txt"
@@ -65,18 +61,13 @@ def shakespeare(root):
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
                 raw = response.read()
-        except (OSError, http.client.HTTPException) as e:  # no network, or the connection broke off
+        except (OSError, http.client.HTTPException) as e:  # no network, or it broke off
             print(f"no tinyshakespeare ({e}); training on Python's own documentation instead")
             return python_docs(root)
-        if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
-            raise UserError(f"the download of {SHAKESPEARE_URL} has a wrong checksum; try again")
+        right = hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256
+        need(right, f"the download of {SHAKESPEARE_URL} has a wrong checksum; try again")
         write_file(path, lambda temporary: temporary.write_bytes(raw))
-    if checksum(path) != SHAKESPEARE_SHA256:
-        raise UserError(
-            f"{path} has a wrong checksum: delete it to download it again, "
-            f"or pass --data {path} to train on it as it is"
-        )
-    return Text("shakespeare", describe([path]), lambda: (pieces_in([path]), None))
+    return Text("shakespeare", lambda: (pieces_in([path]), None), files=[path])
 
 
 def python_docs(root):
@@ -86,39 +77,46 @@ def python_docs(root):
     def pieces():
         yield True, "\n\n".join(topics[name] for name in sorted(topics))
 
-    return Text("python-docs", dict(data="python-docs"), lambda: (pieces, None))
+    return Text("python-docs", lambda: (pieces, None))
 
 
 def openwebtext(root):
     """OpenWebText from the Hugging Face hub, with the same split as nanoGPT's."""
 
+    def documents_of(dataset):
+        for rows in dataset.iter(batch_size=1000):
+            for text in rows["text"]:
+                yield True, text
+
     def parts():
         try:
-            import datasets
+            from datasets import load_dataset
         except ImportError:
-            raise UserError(
-                "--data openwebtext needs the package datasets: pip install it"
-            ) from None
+            raise UserError("--data openwebtext needs a package: pip install datasets") from None
         try:
-            whole = datasets.load_dataset("Skylion007/openwebtext", split="train")
+            # The main branch holds a script, which datasets 4 and later do not run.
+            name, parquet = "Skylion007/openwebtext", "refs/convert/parquet"
+            whole = load_dataset(name, revision=parquet, split="train")
         except Exception as e:  # whatever the hub, the network or the disk may say
-            why = (str(e) or type(e).__name__).splitlines()[0]
+            why = next(iter(str(e).splitlines()), type(e).__name__)
             raise UserError(f"openwebtext could not be downloaded: {why}") from None
-        split = whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        return (
-            lambda: ((True, row["text"]) for row in split["train"]),
-            lambda: ((True, row["text"]) for row in split["test"]),
-        )
 
-    return Text("openwebtext", dict(data="openwebtext"), parts, "gpt2")
+        print(f"openwebtext has {len(whole):,} documents; nanoGPT found 8,013,769")
+        split = whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+        return lambda: documents_of(split["train"]), lambda: documents_of(split["test"])
+
+    return Text("openwebtext", parts, "gpt2")
 
 
 def automaton(root, both=False):
-    """Films of a cellular automaton, rule 30 on a ring of 16 cells, 4 rows, a line each: 20,000 to
-    train on and 2,000 to validate, made on the spot. The last row comes first: a cell follows from
-    three in the line below it, and left to right is the wrong order. A film costs at least 16 ln 2
-    = 11.09 nats, .1631 a character. both: only every other row, and each film in one of two
-    directions, marked before each row: v, time runs down, or ^, up. 17 ln 2 = 11.78 nats, .1637."""
+    """Films of a cellular automaton, rule 30 on a ring of 16 cells, made on the spot: 4 rows, a
+    line each, 20,000 to train on and 2,000 to validate. The last row comes first: a cell follows
+    from three in the line below it, and left to right is the wrong order. A film costs at least
+    16 ln 2 = 11.09 nats, .1631 a character.
+
+    both: only every other row is shown, and a film has one of two directions, which a mark before
+    each row tells: v, time runs down, or ^, up. Such a film costs 17 ln 2 = 11.78 nats, .1637 a
+    character."""
 
     def films(n, seed):
         g = np.random.default_rng(seed)
@@ -127,6 +125,7 @@ def automaton(root, both=False):
             old = rows[-1]
             rows.append(np.roll(old, 1, 1) ^ (old | np.roll(old, -1, 1)))
         film = np.stack(rows[:: 2 if both else 1], 1)  # (n, 4, 16), first row first
+
         down = g.random(n) < 0.5 if both else np.zeros(n, bool)
         film = np.where(down[:, None, None], film, film[:, ::-1])
         for rows, mark in zip(film, np.where(down, "v", "^"), strict=True):
@@ -134,7 +133,7 @@ def automaton(root, both=False):
             yield False, "".join(f"{mark if both else ''}{line}\n" for line in lines)
 
     name = "automaton-both" if both else "automaton"
-    return Text(name, dict(data=name), lambda: (lambda: films(20000, 1), lambda: films(2000, 2)))
+    return Text(name, lambda: (lambda: films(20000, 1), lambda: films(2000, 2)))
 
 
 SOURCES = {
@@ -147,66 +146,29 @@ SOURCES = {
 TEXT_LEN = {"automaton": 4 * 17, "automaton-both": 4 * 18}  # of sources that are lists of texts
 
 
-def text_at(data, held_out):
-    """The text in a file or folder, without the files that --val_data names."""
-    files = files_of(data, "--data", held_out)
-    parts = lambda: (pieces_in(files), None)  # noqa: E731
-    return Text(data, describe(files), parts, kept_as=kept_as(data))
-
-
-def kept_as(data):
-    """A name for a folder: the one of the text, and which of all texts of that name it is."""
-    path = os.path.realpath(data)
-    return f"{Path(path).stem[:60]}-{crc32(os.fsencode(path)):08x}"
-
-
 # ---- files ---------------------------------------------------------------------------------------
+def files_of(name, data, but=()):
+    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and below,
+    sorted, without hidden ones. but: files that another flag names, as nothing is to be in both.
+    UserError if there are none, or something else."""
+    data = Path(data)
+    need(data.exists(), f"{name} {data}: no such file or folder")
+    files = [data]
+    if data.is_dir():
+        found = [p for p in data.rglob("*") if p.suffix.lower() in (".txt", ".jsonl")]
+        hidden = [p for p in found if any(part[0] == "." for part in p.relative_to(data).parts)]
+        files = sorted(p for p in set(found) - set(hidden) if not p.is_dir())
 
-
-def files_of(data, name, held_out=()):
-    """The files that a flag names: one, or all .txt and .jsonl in a folder and below, by name; but
-    not those of another flag, as nothing is to be in both."""
-    try:
-        files = texts_in(data) if stat.S_ISDIR(os.stat(data).st_mode) else [Path(data)]
-        taken = {os.path.realpath(p) for p in held_out}
-        files = [p for p in files if os.path.realpath(p) not in taken]
-        for path in files:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise UserError(f"{name} {path} is no regular file; save the text as one")
-    except FileNotFoundError as e:
-        raise UserError(f"{name} {e.filename}: no such file or folder") from None
-    except OSError as e:
-        raise UserError(f"{name}: cannot read {e.filename}: {e.strerror}") from None
-    if not files:
-        raise UserError(f"{name} {data} has no .txt or .jsonl files" + " of its own" * bool(taken))
+    taken = {p.resolve() for p in but}
+    files = [p for p in files if p.resolve() not in taken]
+    need(files, f"{name} {data} has no .txt or .jsonl files{' of its own' * bool(but)}")
+    for path in files:
+        need(path.is_file(), f"{name} {path} is no regular file; save the text as one")
     return files
 
 
-def texts_in(folder):
-    """Its .txt and .jsonl files, sorted. Hidden ones, such as those in .git, are not meant; links
-    to folders are not followed."""
-
-    def fail(e):
-        raise e  # what cannot be read must not be left out silently
-
-    found = []
-    for here, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [Path(here, name) for name in names if name[0] != "."]
-    return sorted(p for p in found if p.suffix.lower() in (".txt", ".jsonl"))
-
-
-def describe(files):
-    """What tells whether files have changed since they were prepared."""
-    stats = [(os.path.realpath(p), p.stat()) for p in files]
-    return dict(
-        files=[[name, st.st_size, st.st_mtime_ns] for name, st in stats],
-        bytes=sum(st.st_size for _, st in stats),
-    )
-
-
 def pieces_in(files):
-    """A function that returns a new generator of the pieces (begins a document?, text) of files."""
+    """A function that returns a new iterator of (does a document begin here?, text)."""
 
     def pieces():
         for path in files:
@@ -214,8 +176,6 @@ def pieces_in(files):
                 yield from (read_jsonl if path.suffix.lower() == ".jsonl" else read_text)(path)
             except UnicodeDecodeError:
                 raise UserError(f"{path} is not UTF-8 text") from None
-            except OSError as e:
-                raise UserError(f"cannot read {path}: {e.strerror or e}") from None
 
     return pieces
 
@@ -223,246 +183,201 @@ def pieces_in(files):
 def read_jsonl(path):
     with open(path, encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    text = json.loads(line)["text"].encode("utf-8", "replace").decode()
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise UserError(
-                        f'{path}, line {number}: not a JSON object with a string "text"'
-                    ) from None
-                yield True, text
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"].encode("utf-8", "replace").decode()
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError):
+                message = f'{path}, line {number}: not a JSON object with a string "text"'
+                raise UserError(message) from None
+            yield True, text
 
 
 def read_text(path):
     """A text file is one document, read in pieces. They end before a lone space or line end, where
     GPT-2's tokenizer always cuts: the tokens are those of the whole."""
-    begins, rest = True, ""
+    begins = True
+    rest = ""
     with open(path, encoding="utf-8-sig", newline="") as f:
         while more := f.read(PIECE):
-            if "\0" in more:  # UTF-16, or no text at all
-                raise UserError(f"{path} is not UTF-8 text")
+            need("\0" not in more, f"{path} is not UTF-8 text")  # but UTF-16, or no text at all
             rest += more
             cut = re.match(r"(?s).*\S(?=[ \n]\S)", rest)
             end = cut.end() if cut else len(rest) if len(rest) >= LONGEST else 0
             if end:
                 yield begins, rest[:end]
-                begins, rest = False, rest[end:]
+                begins = False
+                rest = rest[end:]
     if rest:
         yield begins, rest
 
 
 # ---- tokens --------------------------------------------------------------------------------------
+def batches(pieces, what):
+    """Lists of (does a separator go before it?, text) with BATCH characters or more."""
+    batch = []
+    size = 0
+    with tqdm(desc=what, unit="char", unit_scale=True, delay=2) as bar:
+        for n, (begins, text) in enumerate(pieces):
+            batch.append((begins and n > 0, text))
+            size += len(text)
+            bar.update(len(text))
+            if size >= BATCH:
+                yield batch
+                batch = []
+                size = 0
+        yield batch
 
 
-def batches(pieces, bar):
-    """Lists of (goes a separator before it?, text) with PIECE characters or more."""
-    batch, size = [], 0
-    for n, (begins, text) in enumerate(pieces):
-        bar.update(len(text.encode("utf-8", "replace")))
-        batch.append((begins and n > 0, text))
-        size += len(text)
-        if size >= PIECE:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def write_tokens(path, pieces, tokenizer, bar):
-    """The number of tokens written."""
-    n = 0
-    with open(path, "wb") as f:
-        for batch in batches(pieces, bar):
-            ids = tokenizer.encode_all(batch)
-            f.write(ids.tobytes())
-            n += len(ids)
-    return n
-
-
-def split_off(folder, n, itemsize):
-    """Move the last tenth of train.bin's n tokens to val.bin; {part: tokens}."""
-    counts = {"train": int(0.9 * n), "val": n - int(0.9 * n)}
-    with open(folder / "train.bin", "r+b") as f, open(folder / "val.bin", "wb") as g:
-        f.seek(itemsize * counts["train"])
-        shutil.copyfileobj(f, g)
-        f.truncate(itemsize * counts["train"])
-    return counts
-
-
-def checksum(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while raw := f.read(2**20):
-            digest.update(raw)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def in_one_go(folder):
-    """Another folder to write to, which takes the place of `folder` once all is done."""
-    work, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
-    clear = lambda: [shutil.rmtree(p, ignore_errors=True) for p in (work, old)]  # noqa: E731
-    clear()  # a preparation that was killed left them
+def prepare(target, train, val, kind):
+    """Make the folder with {train,val}.bin and meta.json: all of it, or nothing."""
+    work = Path(f"{target}.tmp")
+    shutil.rmtree(work, ignore_errors=True)  # a preparation that was killed left it
     work.mkdir(parents=True)
     try:
-        yield work
-        if folder.exists():  # tokens of a text that has changed
-            os.rename(folder, old)
-        os.rename(work, folder)
+        write_tokens(work, train, val, kind)
+        os.rename(work, target)
     finally:
-        clear()
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def prepare(work, source, train, val, kind):
-    """Write {train,val}.bin and meta.json."""
-    began, parts = time.perf_counter(), {"train": train, "val": val or (lambda: ())}
-    progress = dict(total=source.get("bytes"), unit="B", unit_scale=True, delay=2)
-    with tqdm(desc="vocabulary", **progress) as bar:
-        texts = (batch for part in parts.values() for batch in batches(part(), bar))
-        tokenizer = learn(kind, texts)
-    with tqdm(desc="tokens", **progress) as bar:
-        counts = {
-            name: write_tokens(work / f"{name}.bin", part(), tokenizer, bar)
-            for name, part in parts.items()
-        }
+def write_tokens(folder, train, val, kind):
+    """The three files of prepare()."""
+    parts = {"train": train, "val": val or (lambda: ())}
+    paths = [folder / f"{name}.bin" for name in parts]
+    texts = (batch for part in parts.values() for batch in batches(part(), "vocabulary"))
+    tokenizer = learn(kind, texts)
+    for path, part in zip(paths, parts.values(), strict=True):
+        with open(path, "wb") as f:
+            for batch in batches(part(), path.name):
+                f.write(tokenizer.encode_all(batch).tobytes())
+
+    # Without a text to validate on, that is the last tenth.
     if val is None:
-        counts = split_off(work, counts["train"], tokenizer.dtype.itemsize)
-    meta = dict(source=source, tokenizer=tokenizer.state)
-    meta |= dict(dtype=tokenizer.dtype.name, text_bytes=bar.n)
-    for name, n in counts.items():
-        meta[name] = dict(tokens=n, sha256=checksum(work / f"{name}.bin"))
-    meta |= dict(sha256=digest(meta), seconds=round(time.perf_counter() - began, 1))
-    (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        tokens = tokens_in(paths[0], tokenizer.dtype)
+        end = int(0.9 * len(tokens))
+        tokens[end:].tofile(paths[1])
+        del tokens
+        os.truncate(paths[0], end * tokenizer.dtype.itemsize)
+
+    # One checksum stands for all tokens and what they mean.
+    train, val = (tokens_in(path, tokenizer.dtype) for path in paths)
+    about = [tokenizer.state, tokenizer.dtype.name]
+    whole = json.dumps([hashlib.sha256(tokens).hexdigest() for tokens in (train, val)] + about)
+    meta = dict(train=len(train), val=len(val), tokenizer=tokenizer.state)
+    meta["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
+
+    # On disk before meta.json is: a machine may stop at any time.
+    for path in paths:
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+    write_file(folder / "meta.json", lambda path: path.write_text(json.dumps(meta), "utf-8"))
 
 
-def digest(meta):
-    """A checksum of all tokens and what they mean."""
-    both = [meta["train"]["sha256"], meta["val"]["sha256"], meta["tokenizer"], meta["dtype"]]
-    return hashlib.sha256(json.dumps(both).encode()).hexdigest()
+def tokens_in(path, dtype):
+    """A memory-mapped array, as far as a file that is empty can be one."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 class Corpus:
     """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three; the name
-    of the data. UserError if files are missing, cut off or changed."""
+    of the data. UserError if files were cut off."""
 
     def __init__(self, folder, name):
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.name = name
-        try:
-            meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            self.sha256 = meta["sha256"]
-            if digest(meta) != self.sha256:
-                raise ValueError
-            self.train, self.val = (
-                tokens_in(folder / f"{part}.bin", np.dtype(meta["dtype"]), **meta[part])
-                for part in ("train", "val")
-            )
-        except PermissionError as e:
-            raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"the tokens in {folder} are cut off or damaged; delete that folder, "
-                "and they will be prepared again"
-            ) from None
+        self.sha256 = meta["sha256"]
         self.tokenizer = tokenizer_of(**meta["tokenizer"])
+        self.train = tokens_in(folder / "train.bin", self.tokenizer.dtype)
+        self.val = tokens_in(folder / "val.bin", self.tokenizer.dtype)
+        whole = (len(self.train), len(self.val)) == (meta["train"], meta["val"])
+        need(whole, f"the tokens in {folder} are cut off; delete it, and they are prepared again")
 
     def __str__(self):
         n = f"{len(self.train):,} + {len(self.val):,} tokens"
         return f"{n}, {self.tokenizer.size:,} different"
 
 
-def tokens_in(path, dtype, tokens, sha256):
-    """A memory-mapped array; ValueError if it is not what was written."""
-    if path.stat().st_size != dtype.itemsize * tokens:
-        raise ValueError
-    if tokens < CHECKED and checksum(path) != sha256:
-        raise ValueError
-    return np.memmap(path, dtype.newbyteorder("<"), "r") if tokens else np.empty(0, dtype)
-
-
 # ---- all of it -----------------------------------------------------------------------------------
-
-
 def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=None, least=0):
-    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a list of
-    texts of so many tokens; val begins with one, too. but: a folder that must not be among the
-    texts, as a run writes its log to it. least: how many tokens it must have."""
-    root = Path(folder) if folder else DATA
-    refuse_overlap(data, val_data, but)
-    held_out = files_of(val_data, "--val_data") if val_data else []
-    text = SOURCES[data](root) if data in SOURCES else text_at(data, held_out)
-    kept, source, kind = text.kept_as or text.name, text.source, tokenizer or text.tokenizer
-    if val_data:
-        more = describe(held_out)
-        source["bytes"] = source.get("bytes", 0) + more["bytes"]
-        source["val_files"] = more["files"]
-        kept += f"-{kept_as(val_data)[-8:]}"
-    source |= dict(tokenizer=kind, format=FORMAT)
-    if kind not in TOKENIZERS:
-        path = Path(kind, "tokenizer.json")
-        if not path.is_file():
-            names = ", ".join(TOKENIZERS)
-            raise UserError(f"--tokenizer {kind}: neither {names} nor a folder with {path.name}")
-        source |= dict(tokenizer=describe([path])["files"])
-    target = root / f"{kept}-{kind if kind in TOKENIZERS else kept_as(kind)}"
-    try:
-        if not is_current(target, source):
-            with contextlib.closing(lock(Path(f"{target}.lock"), wait=True)):
-                if not is_current(target, source):  # or another process has just done it
-                    train, val = text.parts()
-                    with in_one_go(target) as work:
-                        val = pieces_in(held_out) if val_data else val
-                        prepare(work, source, train, val, kind)
-    except OSError as e:
-        raise UserError(f"cannot prepare {target}: {e.strerror or e}") from None
+    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a list
+    of texts of so many tokens; val begins with one, too. but: a folder that must not be among the
+    texts, as a run writes its log to it. least: how many tokens it must have.
+
+    UserError for what cannot be read, and for too few tokens."""
+    root = Path(folder or DATA)
+    for name, place in (("--data", data), ("--val_data", val_data)):
+        if but and place and place not in SOURCES:
+            among = Path(but).resolve().is_relative_to(Path(place).resolve())
+            why = "its log would become text"
+            need(not among, f"--out_dir must not lie inside {name} {place}: {why}")
+
+    # The text to validate on may lie among the others, which are then without it.
+    held_out = files_of("--val_data", val_data) if val_data else []
+    if data in SOURCES:
+        text = SOURCES[data](root)
+    else:
+        files = files_of("--data", data, held_out)
+        text = Text(data, lambda: (pieces_in(files), None), files=files)
+    kind = tokenizer or text.tokenizer
+    target = root / folder_for(text, held_out, kind)
+
+    # Of several processes that want the same, one prepares it.
+    if not target.exists():
+        with contextlib.closing(lock(Path(f"{target}.lock"), wait=True)):
+            if not target.exists():
+                train, val = text.parts()
+                prepare(target, train, pieces_in(held_out) if val_data else val, kind)
+
     corpus = Corpus(target, text.name)
     if text_len:
-        n = [len(corpus.train), len(corpus.val)]
-        if (n[0] if val_data else sum(n)) % text_len or (val_data and n[1] % text_len):
-            raise UserError(
-                f"--data {corpus.name} has {n[0]:,} + {n[1]:,} tokens: that is no list of texts of "
-                f"--text_len {text_len}"
-            )
-        corpus.val = corpus.val[-n[0] % text_len :]  # the last tenth may begin amid a text
-    if min(len(corpus.train), len(corpus.val)) < least:
-        raise UserError(
-            f"--data {corpus.name} has {len(corpus.train)} + {len(corpus.val)} tokens to train and "
-            f"validate on, too few for a window of {least}: take a longer text or a smaller "
-            "--seq_len"
-        )
+        begin_with_a_text(corpus, text_len, bool(val_data))
+    need(
+        min(len(corpus.train), len(corpus.val)) >= least,
+        f"--data {corpus.name} has {len(corpus.train)} + {len(corpus.val)} tokens to train and "
+        f"validate on, too few for a window of {least}: take a longer text or a smaller --seq_len",
+    )
     return corpus
 
 
-def refuse_overlap(data, val_data, but):
-    """Nothing is to be text twice, nor the log of the run itself."""
-    if val_data and data not in SOURCES and os.path.realpath(data) == os.path.realpath(val_data):
-        raise UserError("--val_data is the same as --data; without it, the last tenth is kept back")
-    above = [Path(os.path.realpath(but)), *Path(os.path.realpath(but)).parents] if but else []
-    for name, text in (("--data", data), ("--val_data", val_data)):
-        if text and text not in SOURCES and Path(os.path.realpath(text)) in above:
-            raise UserError(
-                f"--out_dir must not lie inside {name} {text}: its log would become text"
-            )
+def folder_for(text, held_out, kind):
+    """A name that changes with the text, the tokenizer, and the files of both. UserError if
+    there is no such tokenizer."""
+    files = [*text.files, *held_out]
+    if kind not in TOKENIZERS:
+        parts = [Path(kind, name) for name in ("tokenizer.json", "tokenizer_config.json")]
+        names = f"{', '.join(TOKENIZERS)} nor a folder with tokenizer.json"
+        need(parts[0].is_file(), f"--tokenizer {kind}: neither {names}")
+        files += [path for path in parts if path.is_file()]
+
+    about = [FORMAT, len(held_out)]
+    for path in files:
+        found = path.stat()
+        about += [os.path.realpath(path), found.st_size, found.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return f"{Path(text.name).stem[:60]}-{Path(kind).name[:40]}-{digest[:12]}"
 
 
-def is_current(folder, source):
-    """Whether the folder's tokens come from these files as they are now. Damage is not judged here:
-    it is for the user to see."""
-    if not folder.exists():
-        return False
-    try:
-        return json.loads((folder / "meta.json").read_text("utf-8"))["source"] == source
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{folder} holds no prepared tokens; delete it or move it away") from None
+def begin_with_a_text(corpus, text_len, apart):
+    """Let val begin with a text, as the last tenth may begin amid one. apart: val is a text of its
+    own. UserError unless all texts have text_len tokens."""
+    train, val = len(corpus.train), len(corpus.val)
+    whole = train % text_len == val % text_len == 0 if apart else (train + val) % text_len == 0
+    need(
+        whole,
+        f"--data {corpus.name} has {train:,} + {val:,} tokens: that is no list of texts of "
+        f"--text_len {text_len}",
+    )
+    corpus.val = corpus.val[-train % text_len :]
 
 
 @dataclass
 class Flags:
     data: str = flag("shakespeare", f"{', '.join(SOURCES)}, a .txt, a .jsonl, or their folder")
     val_data: str | None = flag(None, "text to validate on, by default the last tenth of --data")
-    tokenizer: str | None = flag(
-        None, "char, gpt2 [for openwebtext] or a folder with tokenizer.json"
-    )
+    tokenizer: str | None = flag(None, "char, gpt2 [openwebtext] or a folder with tokenizer.json")
     data_dir: str | None = flag(None, "where tokens are kept, by default data")
 
 

@@ -14,34 +14,37 @@ import time
 import torch
 import torch.distributed as dist
 
-from plumbing.cli import Stopped, UserError, pick_device, refuse
+from plumbing.cli import Stopped, need, pick_device
 
-RANK, WORLD = 0, 1
+RANK = 0
+WORLD = 1
 if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun sets all of them
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-PATIENCE = 2  # seconds in which more signals mean the same: torchrun and fast fingers send several
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
+PATIENCE = 2  # seconds in which more signals mean the same, as torchrun sends several
 
 
 # ---- meeting -------------------------------------------------------------------------------------
-
-
 def join(device_name):
     """Meet the others. Returns {"device": that of this process}, a GPU if there is one for each;
-    or {} if there are no others."""
+    or {} if there are no others. UserError if there are too few GPUs."""
     if WORLD == 1:
         return {}
-    device = device_name and pick_device(device_name).type
-    refuse(device == "mps", "--device mps is one process; several: cuda or cpu")
-    cuda, here = torch.cuda.is_available() and device_name != "cpu", torch.cuda.device_count()
-    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > here:
-        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {here} GPUs here")
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-    if cuda:
+    kind = pick_device(device_name or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    need(kind in ("cpu", "cuda"), f"--device {kind} is one process; several: cuda or cpu")
+
+    name = kind
+    if kind == "cuda":
+        here = torch.cuda.device_count()
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        need(wanted <= here, f"{wanted} processes, but {here} GPUs here")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(name)
+
     dist.init_process_group(
-        "nccl" if cuda and dist.is_nccl_available() else "gloo",
+        "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo",
         timeout=datetime.timedelta(days=1),  # the others wait while one prepares or validates
-        device_id=torch.device(name) if cuda else None,
+        device_id=torch.device(name) if kind == "cuda" else None,
     )
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -68,8 +71,6 @@ def leave():
 
 
 # ---- agreeing ------------------------------------------------------------------------------------
-
-
 def mean(tensor):
     """Make a tensor the mean of all processes' tensors, in place."""
     if WORLD > 1:
@@ -78,11 +79,12 @@ def mean(tensor):
     return tensor
 
 
-def any_of(flag, device):
-    """Whether any process has it."""
-    if WORLD == 1:
-        return bool(flag)
-    return mean(torch.tensor(float(bool(flag)), device=device)).item() > 0
+def mean_and_any(numbers, flag):
+    """The mean of all processes' numbers, on the CPU, and whether any process has the flag. Both
+    travel in one message, so that the flag costs nothing."""
+    flags = numbers.new_full((1,), float(bool(flag)))
+    both = mean(torch.cat((numbers.flatten(), flags))).cpu().double()
+    return both[:-1].view(numbers.shape), both[-1].item() > 0
 
 
 def agree(value):
@@ -105,16 +107,14 @@ def average_gradients(model):
 
 
 # ---- stopping ------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def stop_signals():
     """A list, empty until SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal) comes, which is
     then in it: time to save and end. Whoever is not waited for asks again, and it ends unsaved."""
-    stop, came_at = [], []
+    stop = []
+    came_at = []
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    again = " (again: without saving)" if WORLD == 1 else ""
 
     def on_signal(number, _):
         came_at.append(time.monotonic())
@@ -122,15 +122,16 @@ def stop_signals():
             hang_up(terminals)
         if not stop:
             stop.append(number)
-            say(f"stopping after this step; saving ...{again}", 2 in terminals)
+            say_stopping(terminals)
         elif WORLD == 1 and number != hangup and came_at[-1] - came_at[0] > PATIENCE:
             raise Stopped("stopped without saving", number)
 
-    # what is ignored stays so: nohup, or a job in the background of a script
+    # What is ignored stays so: nohup, or a job in the background of a script.
     numbers = {signal.SIGINT, signal.SIGTERM, hangup} - {None}
     old = {n: h for n in numbers if (h := signal.getsignal(n)) != signal.SIG_IGN}
     for n in old:
         signal.signal(n, on_signal)
+
     try:
         yield stop
     except Stopped:  # all is saved: impatience shall not spoil the end
@@ -141,11 +142,15 @@ def stop_signals():
             signal.signal(n, handler or signal.SIG_DFL)
 
 
-def say(line, terminal):
-    """Print to stderr at once, from within a signal handler: print() may be in use just now."""
-    if RANK == 0:
-        with contextlib.suppress(OSError):
-            os.write(2, f"{terminal * os.linesep}{line}{os.linesep}".encode())
+def say_stopping(terminals):
+    """Answer a signal on stderr at once. print() may be in use just now, or a line of progress."""
+    if RANK:
+        return
+    line = "stopping after this step; saving ... (again: without saving)"
+    if WORLD > 1:  # they stop together, when they next exchange their metrics
+        line = "stopping after a few steps; saving ..."
+    with contextlib.suppress(OSError):
+        os.write(2, f"{(2 in terminals) * os.linesep}{line}{os.linesep}".encode())
 
 
 def hang_up(terminals):

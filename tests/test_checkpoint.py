@@ -1,5 +1,6 @@
 """plumbing/checkpoint.py: files that are whole or not there, and one run in a folder."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -42,48 +43,13 @@ def state(**changes):
     )  # fmt: skip
 
 
-def weights(**changes):
-    return {name: changes.get(name, value) for name, value in state()["model"].items()}
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-
 def test_there_and_back(work):
     checkpoint.save(Path("out/last.pt"), state(optimizer={"a": [1]}, ema=None))
     ckpt, model = checkpoint.load("out/last.pt", make)
     assert ckpt["format"] == checkpoint.FORMAT and ckpt["optimizer"] == {"a": [1]}
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state()["model"].items())
     assert os.listdir("out") == ["last.pt"]
-    checkpoint.save(Path("out/last.pt"), state(tokenizer=dict(kind="gpt2", vocab=None)))
-    checkpoint.load("out/last.pt", make)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(model_name="gpt"),
-        dict(model_name=["linear"]),
-        dict(config=dict(width=2)),
-        dict(config=dict(in_features=2, out_features=-1)),
-        dict(config=[1]),
-        dict(step="7"),
-        dict(best=None),
-        dict(model={}),
-        dict(model=weights(bias=torch.tensor([0, torch.nan, 0]))),
-        dict(model=weights(bias=torch.tensor([0, -torch.inf, 0]))),
-        dict(model=weights(bias=torch.tensor([0, -3e38, 0]))),  # finite, and damaged all the same
-        dict(model=weights(bias=torch.zeros(4))),
-        dict(tokenizer=dict(kind="char", vocab=["a", "b"])),
-        dict(tokenizer="char"),
-        dict(settings=None),
-    ],
-)
-def test_what_does_not_fit_is_refused(work, change):
-    checkpoint.save(Path("ckpt.pt"), state(**change))
-    with pytest.raises(UserError, match="ckpt.pt does not hold the model that it says") as e:
-        checkpoint.load("ckpt.pt", make)
-    assert "\n" not in str(e.value)
 
 
 def test_what_is_no_checkpoint(work):
@@ -97,13 +63,21 @@ def test_what_is_no_checkpoint(work):
     fails("out/ckpt.pt", "only last.pt: no validation yet: --resume goes on")
     raw, path = Path("out/last.pt").read_bytes(), Path("out/last.pt")
     middle = len(raw) // 3
-    for bad in (b"", raw[:middle], raw[:middle] + b"\xff" * 64 + raw[middle + 64 :], b"PK\3\4"):
+    for bad in (b"", raw[:middle], raw[:-1], b"PK\3\4", b"text"):
         path.write_bytes(bad)
         fails(path, "last.pt is damaged, cut off or not a checkpoint")
     torch.save(state() | {"format": "lomdm checkpoint 2"}, path)
     fails(path, "was not written by this version of train_char.py; train again")
     torch.save([1], path)
     fails(path, "was not written by this version of train_char.py; train again")
+    for change in (
+        dict(model_name="gpt"),
+        dict(config=dict(width=2)),
+        dict(model={}),
+        dict(model=dict(state()["model"], bias=torch.zeros(4))),
+    ):
+        checkpoint.save(path, state(**change))
+        fails(path, "last.pt does not hold the model that it says")
 
 
 def test_loading_runs_no_code(work):
@@ -143,8 +117,6 @@ def test_files_are_whole(work, monkeypatch):
 
 
 # ---- one run in a folder -------------------------------------------------------------------------
-
-
 def test_one_run_at_a_time(work):
     """The lock holds as long as its process, and ends with it, kill -9 included."""
     code = "from plumbing.checkpoint import only_run; held = only_run('out'); print(1, flush=True)"
@@ -204,10 +176,8 @@ def test_an_earlier_run_is_moved_and_nothing_else(work, capsys):
 
 
 # ---- the log -------------------------------------------------------------------------------------
-
-
 def test_the_log(work):
-    """A torn line and a foreign one change nothing."""
+    """A torn line, the end of a run that was killed, changes nothing."""
     with pytest.raises(UserError, match="cannot read out.log.jsonl: No such file"):
         checkpoint.read_log("out")
     with pytest.raises(UserError, match="cannot write out.log.jsonl"):
@@ -227,7 +197,7 @@ def test_the_log(work):
         checkpoint.log("out", **row)
     checkpoint.log("out", step=4, val=2.0, kind="exact")
     with open("out/log.jsonl", "a") as f:
-        f.write('1}\n[7]\n"step"\n{"step": "x"}\n' + "[" * 10**5 + '\n{"step": 5, "lo')
+        f.write('{"step": 5, "lo')
     want = [dict(settings=dict(seed=1)), *rows, dict(step=4, val=2.0, kind="exact")]
     assert checkpoint.read_log("out") == want
     checkpoint.trim_log("out", 2)
@@ -240,9 +210,30 @@ def test_the_log(work):
         checkpoint.read_log("out")
 
 
+def test_a_new_run_and_one_that_goes_on(work, capsys):
+    Path("out").mkdir()
+    about = dict(settings=dict(seed=1), tokenizer=dict(kind="char"), code="c0de")
+    checkpoint.begin("out", None, about)
+    [header] = checkpoint.read_log("out")
+    assert header == dict(settings=dict(seed=1), code="c0de", torch=torch.__version__)
+    for step in (1, 2, 3):
+        checkpoint.log("out", step=step)
+    checkpoint.begin("out", dict(step=2), about)
+    assert checkpoint.read_log("out") == [header, dict(step=1), dict(step=2)]
+    checkpoint.begin("out", None, about)
+    assert checkpoint.read_log("out") == [header] and len(checkpoint.read_log("out.1")) == 3
+    assert capsys.readouterr().out == "out held an earlier run; it is now in out.1\n"
+
+
+def test_the_digest_of_the_code(work):
+    Path("one.py").write_text("a")
+    Path("two.py").write_text("b")
+    digest = checkpoint.code_digest(["one.py", "missing.py", Path("two.py")])
+    assert digest == hashlib.sha256(b"ab").hexdigest()[:12]
+    assert digest != checkpoint.code_digest(["two.py", "one.py"])
+
+
 # ---- going on ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Settings:
     out_dir: str = flag("out", "", resume=True)

@@ -23,9 +23,8 @@ class Settings:
     n_layer: int | None = flag(None, "blocks", least=1)
     lr: float = flag(1e-3, "of a step", least=1e-12)
     beta: float = flag(0.9, "decay", least=0, below=1)
-    c2: float = flag(0.65, "of the order", only="lomdm")
     block_len: int | None = flag(None, "tokens", only="block lomdm")
-    seed: int = flag(1337, "of all", least=0, below=2**63)
+    shares: tuple = flag((0.5, 0.5), "of stages")
     compile: bool | None = flag(None, "or not")
     point: float | None = flag(None, "no int")
 
@@ -35,8 +34,6 @@ def given(*argv):
 
 
 # ---- flags ---------------------------------------------------------------------------------------
-
-
 def test_only_what_was_given():
     assert given() == {}
     got = given("--model", "block", "--lr", "1", "--n_layer=2", "--data", "7", "--point", "3")
@@ -44,14 +41,10 @@ def test_only_what_was_given():
     assert {name: type(value) for name, value in got.items()} == dict(
         model=str, lr=float, n_layer=int, data=str, point=float
     )
-
-
-@pytest.mark.parametrize(
-    "argv,value",
-    [("--compile", True), ("--compile=True", True), ("--compile=False", False)],
-)
-def test_truth(argv, value):
-    assert given(argv) == dict(compile=value)
+    assert given("--shares", "0,.5,1") == dict(shares=(0, 0.5, 1))
+    for argv, value in [("--compile", True), ("--compile=True", True), ("--compile=False", False)]:
+        assert given(argv) == dict(compile=value)
+    assert given("--compile", "False", "--lr", "1") == dict(compile=False, lr=1)
 
 
 def test_help(capsys):
@@ -61,7 +54,7 @@ def test_help(capsys):
     out = capsys.readouterr().out
     assert "A script.\n\n    as it is\n" in out and out.endswith("--preset tiny:  steps 3\n")
     assert "of a step [0.001]" in out and "a text, 100% of it\n" in out  # no default, no brackets
-    assert "{arm,block,lomdm}" in out
+    assert "{arm,block,lomdm}" in out and "of stages [0.5,0.5]" in out
 
 
 @pytest.mark.parametrize(
@@ -87,31 +80,19 @@ def test_an_empty_value_is_a_mistake():
         (dict(n_layer=0), "--n_layer must be at least 1$"),
         (dict(lr=float("nan")), "--lr must be at least 1e-12"),
         (dict(lr=float("inf")), "--lr must be a finite number"),
-        (dict(c2=float("nan"), model="lomdm"), "--c2 must be a finite number"),
         (dict(beta=1.0), "--beta must be below 1$"),
-        (dict(seed=2**63), "--seed must be below"),
-        (dict(n_layer=2**31), "--n_layer 2147483648 is too large"),
-        (dict(n_layer="2"), "--n_layer '2' is not of type int"),  # from a file that was edited
         (dict(model="gpt"), "--model gpt is none of arm, block, lomdm"),
-        (dict(c2=0.5, model="block"), "--c2 is for --model lomdm, not block"),
         (dict(block_len=4), "--block_len is for --model block or lomdm, not arm"),
     ],
 )
 def test_ranges(change, message):
+    cli.check(Settings())
+    cli.check(Settings("block", block_len=1, n_layer=1, beta=0, lr=1, compile=False))
     with pytest.raises(UserError, match=message):
         cli.check(Settings(**change))
 
 
-def test_what_is_in_range():
-    cli.check(Settings())
-    cli.check(Settings("block", block_len=1, n_layer=1, beta=0, seed=2**40, lr=1))
-    cli.check(Settings("lomdm", c2=0.1, block_len=2**31 - 1, compile=False))
-    cli.check(Settings(c2=0.65))  # given as it is by default
-
-
 # ---- the whole way out ---------------------------------------------------------------------------
-
-
 def ends(monkeypatch, error, **env):
     """The exit code of a script whose main() ends with this error."""
     for name in ("RANK", "LOCAL_RANK"):
@@ -139,9 +120,7 @@ NoCompiler = type("NoCompiler", (Exception,), {"__module__": "torch._inductor.ex
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 1, ""),
         (OSError(28, "No space left"), 1, "error: [Errno 28] No space left\n"),
-        (MemoryError(), 1, "error: not enough memory\n"),
-        (OverflowError("int too large"), 1, "error: int too large\n"),
-        (RecursionError("maximum"), 1, "error: a text or a file is nested too deeply\n"),
+        (MemoryError(), 1, "error: not enough memory; take a smaller"),
         (RuntimeError("cannot allocate 8 GB\n.."), 1, "error: not enough memory; take a smaller"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: not enough memory; take a"),
         (NoCompiler("no g++\nmany\nlines"), 1, "error: torch.compile failed (no g++); --compile=F"),
@@ -173,17 +152,24 @@ def test_one_of_several_processes_speaks(monkeypatch, capsys):
 
 
 def test_stdout_that_takes_nothing():
-    """Closed, full, or read by nobody: no traceback, also not from Python's last flush."""
+    """Full, or read by nobody: no traceback, also not from Python's last flush."""
     argv = f"{sys.executable} -c 'from plumbing import cli; cli.run(lambda: print(9 * \"a\"))'"
-    full = Path("/dev/full").exists()
-    ends = [">&-", "| true", ">/dev/full"][: 2 + full]
-    shell = ["bash", "-o", "pipefail", "-c"]
+    ends = {"| true": ""}
+    if Path("/dev/full").exists():
+        ends[">/dev/full"] = "error: [Errno 28] No space left on device\n"
     env = os.environ | {"LC_ALL": "C", "PYTHONUNBUFFERED": ""}
-    how = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
-    runs = [subprocess.Popen([*shell, f"{argv} {end}"], **how) for end in ends]
-    errors = [run.communicate()[1] for run in runs]
-    assert errors[:2] == ["", ""] and [run.returncode for run in runs] == [0, 1, 1][: len(runs)]
-    assert not full or errors[2] == "error: [Errno 28] No space left on device\n"
+    for end, error in ends.items():
+        shell = ["bash", "-o", "pipefail", "-c", f"{argv} {end}"]
+        run = subprocess.run(shell, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        assert (run.returncode, run.stderr) == (1, error)
+
+
+def test_losses_that_are_not_finite():
+    cli.refuse_nan([1.0, 2.0], 7, 5)
+    with pytest.raises(UserError, match=r"not finite at step 8; .*last.pt \(step 5\); --resume"):
+        cli.refuse_nan([1.0, float("inf"), float("nan")], 7, 5)
+    with pytest.raises(UserError, match="not finite at step 1; last good checkpoint: none yet"):
+        cli.refuse_nan([float("nan")], 1, 0)
 
 
 def test_devices():
@@ -192,7 +178,6 @@ def test_devices():
     for name, message in [
         ("tpu9", "--device tpu9 is none that torch knows"),
         ("cuda:99", "there is none here"),
-        ("cpu:7", "there is none here"),
         ("meta", "there is none here"),
     ]:
         with pytest.raises(UserError, match=message):

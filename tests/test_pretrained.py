@@ -1,4 +1,4 @@
-"""plumbing/llama.py against transformers, on small random models of each kind it reads; and the
+"""beyond/llama.py against transformers, on small random models of each kind it reads; and the
 way from such a folder through train_char.py and sample.py."""
 
 import json
@@ -13,21 +13,22 @@ import torch
 import a3
 import sample
 import train_char
-from plumbing import data, llama
+from beyond import llama
+from plumbing import data
 from plumbing.cli import UserError
 from plumbing.tokenizers import HuggingFace
 
 WHY = "pretrained models are compared with transformers' own: pip install transformers"
 transformers = pytest.importorskip("transformers", reason=WHY)
-safetensors = pytest.importorskip("safetensors.torch", reason="weights: pip install safetensors")
-tokenizers = pytest.importorskip("tokenizers", reason="text: pip install tokenizers")
+safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
 V, L, BOS = 50, 24, 1
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
-KINDS = {  # what differs from a LLaMA with 4 heads of 8 channels for the queries, 2 for the keys
+KINDS = {  # what differs from a LLaMA with 4 heads of 8 channels for queries, 2 for keys
     "llama": dict(),
     "one head of keys": dict(num_key_value_heads=1),
     "a head of keys for each": dict(num_key_value_heads=4),
@@ -45,7 +46,7 @@ KINDS = {  # what differs from a LLaMA with 4 heads of 8 channels for the querie
 
 
 def random_model(kind="llama", **changes):
-    """Of transformers. With these weights its logits differ by whole units between the tokens."""
+    """Of transformers. With these weights its logits differ by whole units between tokens."""
     sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, vocab_size=V)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     sizes |= dict(bos_token_id=BOS, eos_token_id=None, pad_token_id=None)
@@ -61,7 +62,8 @@ def random_model(kind="llama", **changes):
 @torch.no_grad()
 def their_logits(model, x):
     """What a model of transformers predicts each token of x (B, L) to be: (B, L, V)."""
-    return model(torch.nn.functional.pad(x[:, :-1], (1, 0), value=model.config.bos_token_id)).logits
+    shifted = torch.nn.functional.pad(x[:, :-1], (1, 0), value=model.config.bos_token_id)
+    return model(shifted).logits
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def small(tmp_path_factory):
     return model, folder
 
 
-# ---- left to right it is the model ---------------------------------------------------------------
+# ---- left to right it is the model -------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +118,7 @@ def test_weights_in_several_files(tmp_path):
 @pytest.mark.parametrize("kind", ["slow turns", "llama 3"])
 @pytest.mark.parametrize("word", ["type", "rope_type"])
 def test_older_form_of_the_config(tmp_path, kind, word):
-    """Once the base of the angles stood by itself, and what slows them beside it, if anything."""
+    """Once the base of the angles stood by itself, and what slows them beside it."""
     theirs = random_model(**KINDS[kind])
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -144,23 +146,23 @@ def test_a_model_without_bos_gets_a_start_token_of_its_own(tmp_path):
 
 
 def test_real_model():
-    """LLAMA_FOLDER=.. pytest: a model that was trained predicts a text as well as it always did."""
+    """LLAMA_FOLDER=.. pytest: a trained model predicts a text as well as it always did."""
     folder = os.environ.get("LLAMA_FOLDER")
     if not folder:
         pytest.skip("LLAMA_FOLDER does not name the folder of a pretrained LLaMA")
     text = (
-        "The river rises in the mountains and flows for two hundred miles to the sea. Most of the "
-        "towns on its banks were built by people who came to trade in timber, salt and wool."
+        "The river rises in the mountains and flows for two hundred miles to the sea. Most of "
+        "the towns on its banks were built by people who came to trade in timber and wool."
     )
     x = torch.from_numpy(HuggingFace.at(folder).encode(text).astype("int64"))[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     want = torch.nn.functional.cross_entropy(their_logits(theirs.eval(), x)[0], x[0]).item()
     mine = llama.from_pretrained(folder, x.shape[1]).eval()
-    assert mine.nelbo(x, size=0).item() / x.shape[1] == pytest.approx(want, abs=1e-3)
+    assert mine.nelbo(x, order="left").item() / x.shape[1] == pytest.approx(want, abs=1e-3)
     assert want < 4  # it knows English
 
 
-# ---- any order -----------------------------------------------------------------------------------
+# ---- any order ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -199,7 +201,7 @@ def test_ragged_rows_keep_what_is_given(any_order, by, per_step):
     assert torch.equal(any_order(y, steps).argmax(-1)[~given], y[~given])
 
 
-# ---- what does not fit ---------------------------------------------------------------------------
+# ---- what does not fit -------------------------------------------------------------------
 
 
 def edit_config(folder, **changes):
@@ -223,39 +225,27 @@ def put(name, *shape):
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 MISTAKES = {
-    "no folder": (shutil.rmtree, "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "half a config": (lambda f: cut(f / "config.json"), "JSONDecodeError"),
-    "not an object": (lambda f: (f / "config.json").write_text("[1]"), "TypeError"),
-    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
-    "no sizes": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "KeyError"),
-    "another model": (lambda f: edit_config(f, model_type="gpt2"), "model_type gpt2 is not supp"),
+    "another model": (lambda f: edit_config(f, model_type="gpt2"), "model_type gpt2 is not"),
     "other angles": (
         lambda f: edit_config(f, rope_parameters=dict(rope_type="yarn", rope_theta=1e4)),
         "rope_type yarn is not supported",
     ),
     "other angles, older form": (
-        lambda f: edit_config(f, rope_scaling=dict(type="linear", factor=2), rope_parameters=None),
+        lambda f: edit_config(f, rope_scaling=dict(type="linear"), rope_parameters=None),
         "rope_type linear is not supported",
     ),
     "sliding window": (
         lambda f: edit_config(f, model_type="mistral", sliding_window=8),
         "a sliding_window of 8, below 64 tokens, is not supported",
     ),
-    "biases": (lambda f: edit_config(f, attention_bias=True), "attention_bias or mlp_bias is not"),
-    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act gelu is not supported"),
-    "impossible heads": (lambda f: edit_config(f, num_key_value_heads=3), "n_kv_head must divide"),
-    "no heads": (lambda f: edit_config(f, num_key_value_heads=0), "n_kv_head must divide"),
-    "several starts": (lambda f: edit_config(f, bos_token_id=[1, 2]), "bos_token_id [1, 2] is not"),
+    "biases": (lambda f: edit_config(f, attention_bias=True), "attention_bias or mlp_bias is"),
+    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act gelu is not"),
+    "wrong heads": (lambda f: edit_config(f, num_key_value_heads=3), "n_kv_head must divide"),
     "a start beyond the words": (
         lambda f: edit_config(f, bos_token_id=50),
         "bos_token_id 50 is not",
-    ),
-    "half of a scaling": (
-        lambda f: edit_config(
-            f, rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)
-        ),
-        "KeyError 'original_max_position_embeddings'",
     ),
     "some channels turned": (
         lambda f: edit_config(f, partial_rotary_factor=0.5),
@@ -265,27 +255,22 @@ MISTAKES = {
         lambda f: (put(Q, 24, 32)(f), put(Q.replace("q_proj", "k_proj"), 24, 32)(f)),
         "must have 16 rows",
     ),
-    "an index that is a list": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
-        "AttributeError",
-    ),
-    "as many rows as words": (put("model.layers.0.mlp.down_proj.weight", 50, 40), "is (50, 40)"),
+    "too many rows": (put("model.layers.0.mlp.down_proj.weight", 50, 40), "is (50, 40)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "wrong size": (lambda f: edit_config(f, hidden_size=64), "not (50, 64)"),
     "wrong number of rows": (put(Q, 40, 32), r"is (72, 32), not (64, 32)"),
-    "wrong number of columns": (put(Q, 32, 40), "RuntimeError"),
-    "no matrix": (put("model.norm.weight"), "RuntimeError"),
     "more words": (lambda f: edit_config(f, vocab_size=60), "(50, 32)"),
-    "fewer words": (lambda f: edit_config(f, vocab_size=40), "(50, 32)"),
     "a tensor missing": (lambda f: edit_weights(f, lambda w: w.pop(Q)), Q),
     "a layer missing": (lambda f: edit_config(f, num_hidden_layers=3), "model.layers.2."),
-    "a layer too many": (lambda f: edit_config(f, num_hidden_layers=1), "no place for model.la"),
+    "a layer too many": (
+        lambda f: edit_config(f, num_hidden_layers=1),
+        "no place for ['model.layers.1.",
+    ),
     "biases that the config does not tell": (
         put(Q.replace("weight", "bias"), 32),
-        "no place for model.layers.0.self_attn.q_proj.bias",
+        "no place for ['model.layers.0.self_attn.q_proj.bias']",
     ),
     "half the weights": (lambda f: cut(f / "model.safetensors"), "SafetensorError"),
-    "no safetensors": (lambda f: (f / "model.safetensors").write_text("x" * 99), "SafetensorError"),
 }
 
 
@@ -305,7 +290,9 @@ def test_what_does_not_fit_is_one_line(small, tmp_path, mistake):
     assert message in refusal(tmp_path / "model")
 
 
-@pytest.mark.parametrize("spoil,message", [(cut, "SafetensorError"), (Path.unlink, "No such file")])
+@pytest.mark.parametrize(
+    "spoil,message", [(cut, "SafetensorError"), (Path.unlink, "No such file")]
+)
 def test_one_of_several_files_is_cut_off_or_missing(tmp_path, spoil, message):
     random_model().save_pretrained(tmp_path, max_shard_size="20KB")
     spoil(sorted(tmp_path.glob("model-*.safetensors"))[1])
@@ -314,10 +301,10 @@ def test_one_of_several_files_is_cut_off_or_missing(tmp_path, spoil, message):
 
 def test_fields_that_there_are_not(small):
     assert "'width'" in refusal(small[1], width=3)
-    assert "dropout and random_share must be" in refusal(small[1], dropout=2.0)
+    assert "dropout must be in" in refusal(small[1], dropout=2.0)
 
 
-# ---- train_char.py and sample.py -----------------------------------------------------------------
+# ---- train_char.py and sample.py ---------------------------------------------------------
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind. ",
@@ -333,15 +320,17 @@ def byte_level():
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    return t, dict(vocab_size=300, special_tokens=["<|end|>", "<s>"], initial_alphabet=alphabet)
+    special = ["<|end|>", "<s>"]
+    return t, dict(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
 
 
 def word_pieces():
-    """As LLaMA 2's: a text begins with a space that is not shown, rare characters are bytes."""
+    """As LLaMA 2's: a text begins with a space that is not shown, rare letters are bytes."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
     n, d = tokenizers.normalizers, tokenizers.decoders
     t.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
-    t.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    steps = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+    t.decoder = d.Sequence(steps)
     special = ["<unk>", "<s>", "<|end|>", *(f"<0x{i:02X}>" for i in range(256))]
     return t, dict(vocab_size=400, special_tokens=special, limit_alphabet=30)
 
@@ -367,12 +356,13 @@ def speaking(tmp_path_factory):
 
 
 def train(flags):
-    fixed = "--model a3 --data text.txt --data_dir tokens --device cpu --seq_len 16 --num_samples 0"
-    train_char.main(f"{fixed} --batch_size 4 {flags}".split())
+    fixed = "--model a3 --data text.txt --data_dir tokens --device cpu --seq_len 16"
+    train_char.main(f"{fixed} --num_samples 0 --batch_size 4 {flags}".split())
 
 
 def log(out):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text("utf-8").splitlines()]
+    lines = Path(out, "log.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_from_a_folder_to_a_page(speaking, monkeypatch, capsys):
@@ -426,7 +416,8 @@ def test_a_llama_takes_the_context_of_the_preset(speaking, monkeypatch):
     monkeypatch.chdir(speaking[1])
     monkeypatch.setitem(train_char.PRESETS["base"], "seq_len", 24)
     flags = "--model a3 --data text.txt --data_dir tokens --device cpu --num_samples 0"
-    flags += " --init_from model --max_iters 1 --out_dir out_preset --batch_size 2 --preset base"
+    flags += " --init_from model --max_iters 1 --out_dir out_preset --batch_size 2"
+    flags += " --preset base"
     train_char.main(flags.split())
     assert log("out_preset")[0]["settings"]["seq_len"] == 24
 
@@ -457,10 +448,10 @@ def test_another_tokenizer_is_refused(speaking, monkeypatch):
     assert not Path("none/ckpt.pt").exists()
 
 
-# ---- the tokenizer -------------------------------------------------------------------------------
+# ---- the tokenizer -----------------------------------------------------------------------
 
 
-@pytest.fixture(params=[byte_level, word_pieces], ids=lambda make: make.__name__, scope="module")
+@pytest.fixture(params=[byte_level, word_pieces], ids=["bytes", "pieces"], scope="module")
 def tokenizer(request):
     return HuggingFace([trained(request.param).to_str(), "<|end|>"])
 
@@ -484,7 +475,7 @@ def test_pieces_stand_where_their_tokens_do(tokenizer, text):
 
 
 def test_pieces_of_any_tokens_join_to_what_they_say(tokenizer):
-    """A model may write what is no text. (With bytes for rare characters, one that fits to none
+    """A model may write what is no text. (With bytes for rare letters, one that fits to none
     of its neighbours changes how all of them are read: what is shown cannot be taken back.)"""
     g, bytewise = torch.Generator().manual_seed(4), tokenizer.bpe.token_to_id("<0x41>")
     for _ in range(50):

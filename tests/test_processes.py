@@ -128,7 +128,7 @@ def test_the_first_signal_is_answered_at_once(capfd):
 def test_torchrun_sends_signals_twice(capfd, monkeypatch):
     monkeypatch.setattr(processes, "WORLD", 2)
     monkeypatch.setattr(processes, "PATIENCE", -1)
-    said = ACK.replace(" (again: without saving)", "")
+    said = "stopping after a few steps; saving ...\n"
     for rank in (0, 1):
         monkeypatch.setattr(processes, "RANK", rank)
         with processes.stop_signals() as stop:
@@ -138,7 +138,6 @@ def test_torchrun_sends_signals_twice(capfd, monkeypatch):
 
 
 # ---- processes -----------------------------------------------------------------------------------
-
 
 def test_one_process_meets_nobody(monkeypatch):
     """Also where LOCAL_RANK was left behind by something else."""
@@ -159,7 +158,9 @@ def test_one_process_meets_nobody(monkeypatch):
     processes.average_gradients(model)
     assert model.weight.grad.tolist() == [[1, 1]]
     assert processes.mean(torch.tensor([3.0])).tolist() == [3] and processes.agree("alone")
-    assert processes.any_of(True, "cpu") is True and processes.any_of([], "cpu") is False
+    for flag in (["SIGINT"], []):
+        numbers, stopping = processes.mean_and_any(torch.tensor([[3.0], [4.0]]), flag)
+        assert numbers.tolist() == [[3], [4]] and stopping == bool(flag)
     processes.leave()
 
 
@@ -196,9 +197,13 @@ loss(x[processes.RANK::2].to(device)).backward()
 processes.average_gradients(model)
 same = processes.mean(torch.tensor([1.0 + 2 * processes.RANK], device=device))
 assert processes.agree("all") and not processes.agree(processes.RANK)
-flags = [processes.any_of(f, device) for f in ([2] * processes.RANK, [], True)]
+steps = torch.tensor([[1.0, 5.0], [2.0, 6.0]], device=device) + 2 * processes.RANK
+both = [processes.mean_and_any(steps, f) for f in ([2] * processes.RANK, [], True)]
+flags = [found for _, found in both]
+steps = [numbers.tolist() for numbers, _ in both]
 torch.save(dict(
-    grads={n: p.grad for n, p in model.named_parameters()}, mean=same.tolist(), flags=flags
+    grads={n: p.grad for n, p in model.named_parameters()}, mean=same.tolist(),
+    flags=flags, steps=steps,
 ), f"{processes.RANK}.pt")
 try:
     with processes.first_only():
@@ -225,6 +230,7 @@ def test_two_processes_have_the_gradients_of_one(work):
     for rank in range(2):
         got = torch.load(f"{rank}.pt", map_location="cpu", weights_only=True)
         assert got["mean"] == [2.0] and got["flags"] == [True, False, True]
+        assert got["steps"] == [[[2.0, 6.0], [3.0, 7.0]]] * 3
         for name, p in one["model"].named_parameters():
             torch.testing.assert_close(got["grads"][name], p.grad)
     assert got["grads"]["unused.weight"] is None

@@ -8,13 +8,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import lomdm
 import sample
 import train_char
 from experiments import bench, evidence, harness, report, run_all, speed
 from plumbing import cli, data
 
 ROOT = Path(__file__).parents[1]
+ROOMS = "beyond", "plumbing", "experiments"
 FILES = "README.md", "experiments/RESULTS.md", "experiments/TRIED.md"
 PAGES = {path: (ROOT / path).read_text("utf-8") for path in FILES}
 PROSE = "\n".join(PAGES.values())
@@ -38,7 +41,7 @@ PARSE = {  # as a command calls it: file, parser
 }
 DOCSTRINGS = [
     (ROOT / path).read_text("utf-8").split('"""')[1]
-    for path in (*(path for path, _ in PARSE.values()), "experiments/by_time.py")
+    for path in (*(path for path, _ in PARSE.values()), "beyond/decoders.py")
 ]
 
 
@@ -129,17 +132,28 @@ def test_files_and_tests_exist(page):
 
 def test_functions_exist():
     """`name()` and `Class.name()` are functions of ours."""
-    files = (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("experiments/*.py"))
+    files = (*ROOT.glob("*.py"), *(p for room in ROOMS for p in ROOT.glob(f"{room}/*.py")))
     code = "".join(path.read_text("utf-8") for path in files)
     for name in set(re.findall(r"`(?:\w+\.)*(\w+)\(\)`", PROSE)):
         assert f"def {name}(" in code or f"class {name}" in code, name
 
 
-def test_the_python_example_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", PROSE, re.M | re.S)
-    assert len(blocks) == 1
+def test_the_python_examples_run():
+    """The six lines of an MDM, which are those of lomdm.py's docstring, and the library."""
+    six, library = re.findall(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)
+    lesson = [line.strip() for line in lomdm.__doc__.splitlines()]
+    assert set(six.splitlines()) <= set(lesson) and len(six.splitlines()) == 6
+
+    B, L, V = 3, 8, 5
+    x = torch.randint(V, (B, L))
+    model = lomdm.LoMDM(lomdm.Config(V, L, n_layer=1, n_head=2, n_embd=8))
+    logits = lambda z: model.log_probs(z)  # noqa: E731
+    scope = dict(torch=torch, F=torch.nn.functional, x=x, B=B, L=L, model=logits, mask_id=V)
+    exec(six, scope)
+    assert scope["loss"].isfinite() and scope["hidden"].any(1).all()
+
     scope = {}
-    code = blocks[0].replace("256", "32").replace("n_layer=6", "n_layer=1").replace("384", "48")
-    exec(code, scope)  # smaller, to be quick
+    smaller = library.replace("256", "32").replace("n_layer=6", "n_layer=1").replace("384", "48")
+    exec(smaller, scope)
     assert scope["nats"].shape == (8,) and (scope["nats"] > 0).all()
     assert scope["x"].max() < 65 and scope["revealed_at"].min() == 0

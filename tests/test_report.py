@@ -102,28 +102,30 @@ def test_readme_has_no_number_of_its_own():
     results = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
     known = {figure.replace(",", "") for figure in re.findall(FIGURE, results)}
     readme = (ROOT / "README.md").read_text("utf-8")
-    used = figures(readme[readme.index("### LoA3") : readme.index("## Text of your own")])
-    assert len(used) > 20
+    used = figures(readme[readme.index("## Results") : readme.index("## Use it as a library")])
+    assert len(used) > 12
     assert [figure for figure in used if not any(rounds_to(k, figure) for k in known)] == []
     assert rounds_to("1.8635 ± 0.0024", "1.86") and rounds_to("1.8635 ± 0.0024", "1.864 ± 0.002")
     assert not rounds_to("1.8635", "1.8635 ± 0.0024") and not rounds_to("1.8635", "1.865")
 
 
 def test_what_readme_shows_was_drawn():
-    """Its first picture, and the sample: every line has been printed by a measurement."""
+    """Its strips and its film: every line has been printed by a measurement."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    measured = [run_all.LOGS / f"{name}.txt" for name in ("strips", "films", "page")]
+    measured = [run_all.LOGS / f"{name}.txt" for name in ("strips", "films")]
     printed = {
         word.rstrip("↵")
         for path in measured
         for line in path.read_text("utf-8").splitlines()
         for word in (line, line[14:])  # behind the name of a run
     }
-    shown = [line[8:] for line in readme.split("```\n")[1].splitlines()]
-    assert len(shown) == 8 and set(shown[:4]) <= printed
-    assert {word for line in shown[4:] for word in line.split()} <= printed
-    sample = readme[readme.index("## Results") :].split("```\n")[1].splitlines()
-    assert len(sample) > 2 and set(sample) <= printed
+
+    strips, *others = readme.split("```\n")[1::2]
+    strips = [line[8:] for line in strips.splitlines()]
+    assert len(strips) == 4 and set(strips) <= printed
+    (film,) = (block for block in others if block.startswith("film "))
+    _, *rows = film.splitlines()
+    assert len(rows) == 4 and {word for row in rows for word in row.split()} <= printed
 
 
 # ---- figures, by hand ----------------------------------------------------------------------------

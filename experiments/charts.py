@@ -1,0 +1,89 @@
+"""Charts as SVG: lines or points with error bars, on light and dark grounds alike."""
+
+import html
+import math
+
+from plumbing.cli import need
+
+COLOURS = (
+    "#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#f28e2b", "#3fa7a0", "#9c755f", "#d37295",
+    "#8c8c8c", "#c9a400",
+)  # fmt: skip
+STYLE = (
+    "text{font:13px sans-serif;fill:#222}.axis{stroke:#888;fill:none}"
+    "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
+)
+WIDTH, HEIGHT = 720, 400
+LEFT, TOP, RIGHT, BOTTOM = 60, 15, 530, 350  # of the axes
+
+
+def ticks(low, high):
+    """Round numbers between low and high, about five of them."""
+    step = 10 ** math.floor(math.log10((high - low) / 2))
+    step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= 6)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def spread(values, margin):
+    """Their range and a margin, a share of it; never empty."""
+    low, high = min(values), max(values)
+    margin = margin * (high - low) if high > low else 0.5 * abs(low) or 1
+    return low - margin, high + margin
+
+
+def chart(series, xlabel, ylabel, names=None):
+    """An SVG. series: {label: [(x, y, error)]}. names: labels for x = 0, 1, .., which turns lines
+    into points."""
+    points = [p for line in series.values() for p in line]
+    need(points, "there are no figures to draw")
+    x0, x1 = (-0.5, len(names) - 0.5) if names else spread([p[0] for p in points], 0)
+    y0, y1 = spread([y + sign * e for _, y, e in points for sign in (-1, 1)], 0.04)
+
+    def at(x, y):
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return LEFT + (RIGHT - LEFT) * across, BOTTOM - (BOTTOM - TOP) * up
+
+    labels = list(enumerate(names)) if names else [(x, f"{x:,.4g}") for x in ticks(x0, x1)]
+    out = axes(
+        [(at(x, y0)[0], label) for x, label in labels],
+        [(at(x0, y)[1], f"{y:.4g}") for y in ticks(y0, y1)],
+        xlabel,
+        ylabel,
+    )
+    for i, (label, line) in enumerate(series.items()):
+        colour, y = COLOURS[i % len(COLOURS)], TOP + 14 + 20 * i
+        out += curve([(*at(x, y), at(x, y - e)[1], at(x, y + e)[1]) for x, y, e in line], colour,
+                     joined=not names)  # fmt: skip
+        box = f'<rect x="{RIGHT + 14}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
+        out += [box, text(label, f'x="{RIGHT + 30}" y="{y}"')]
+    view = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
+    return "\n".join([f"{view}<style>{STYLE}</style>", *out, "</svg>\n"])
+
+
+def text(what, where, anchor="start"):
+    return f'<text {where} text-anchor="{anchor}">{html.escape(what)}</text>'
+
+
+def axes(below, beside, xlabel, ylabel):
+    """Two lines, what they measure, and labels at (pixel, text)."""
+    out = [f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>']
+    for y, label in beside:
+        out.append(text(label, f'x="{LEFT - 8}" y="{y + 4:.1f}"', "end"))
+        out.append(f'<path class="axis" d="M{LEFT - 4} {y:.1f}h4"/>')
+    for x, label in below:
+        out.append(text(label, f'x="{x:.1f}" y="{BOTTOM + 18}"', "middle"))
+    turned = f'transform="translate(14 {(TOP + BOTTOM) / 2}) rotate(-90)"'
+    out.append(text(xlabel, f'x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}"', "middle"))
+    return [*out, text(ylabel, turned, "middle")]
+
+
+def curve(points, colour, joined):
+    """Points (x, y, lower and upper end of the error bar) in pixels, joined by lines or not."""
+    out = []
+    if joined and points:
+        d = "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in points)
+        out.append(f'<path d="M{d}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    for x, y, low, high in points:
+        out.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>')
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+    return out

@@ -1,0 +1,627 @@
+"""
+What users of train_char.py and sample.py do wrong, or what goes wrong around them, and the one
+line that answers.
+
+TABLE reads like a terminal: the command, the mistake behind #, and below what is printed, with
+.. for whatever may stand there. The exit code is 1, or 2 where argparse cannot read the flags.
+Whatever the mistake was, all files that were there are there, byte for byte.
+"""
+
+import contextlib
+import errno
+import gc
+import io
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from test_train import (
+    BASE,
+    QUIET,
+    ROOT,
+    STOPS,
+    TINY,
+    checkpoint,
+    figures,
+    rows,
+    same,
+    same_runs,
+    signals_in,
+    stopped,
+    train,
+)
+
+import lomdm
+import sample
+import train_char
+from plumbing import checkpoint as checkpoints
+from plumbing import cli, processes
+from plumbing.cli import UserError
+
+TABLE = r"""
+-- flags --
+$ train --learning_rat 1                                # a flag that does not exist
+error: unrecognized arguments: --learning_rat 1 (--help lists the flags)
+$ train --ema 0.999                                     # a flag of an earlier version
+error: unrecognized arguments: --ema 0.999 (--help lists the flags)
+$ train --model gpt                                     # a model that does not exist
+error: argument --model: invalid choice: 'gpt' (choose from .. (--help lists the flags)
+$ train --model llama                                   # one that only --init_from makes
+error: argument --model: invalid choice: 'llama' (choose from .. (--help lists the flags)
+$ train --max_iters ten                                 # a number in letters
+error: argument --max_iters: invalid int value: 'ten' (--help lists the flags)
+$ train --compile=2                                     # neither true nor false
+error: argument --compile: invalid truth value: '2' (--help lists the flags)
+$ train --model a3 --shares a,b                         # no numbers
+error: argument --shares: invalid floats value: 'a,b' (--help lists the flags)
+$ sample --temp 1                                       # a flag cut short
+error: unrecognized arguments: --temp 1 (--help lists the flags)
+$ sample --group_size 2                                 # a flag of the other script
+error: unrecognized arguments: --group_size 2 (--help lists the flags)
+$ sample --by luck                                      # a rule that does not exist
+error: argument --by: invalid choice: 'luck' (choose from .. (--help lists the flags)
+$ sample --show me                                      # likewise
+error: argument --show: invalid choice: 'me' (choose from .. (--help lists the flags)
+$ train --data= --val_data good                         # a shell variable that is not set
+error: --data is empty
+$ sample --html ''                                      # likewise
+error: --html is empty
+
+-- numbers that cannot be --
+$ train --max_iters 0
+error: --max_iters must be at least 1
+$ train --learning_rate nan
+error: --learning_rate must be at least ..
+$ train --beta2 1
+error: --beta2 must be below 1
+$ train --batch_size 2000000000
+error: --batch_size must be below 1048576
+$ train --seed 99999999999999999999
+error: --seed must be below ..
+$ train --warmup_iters 900 --max_iters 800
+error: --warmup_iters exceeds 800 steps
+$ sample --seed -1
+error: --seed must be at least 0
+$ sample --temperature -1
+error: --temperature must be at least 0
+$ sample --temperature nan
+error: --temperature must be at least 0
+$ sample --temperature inf
+error: --temperature must be a finite number
+$ sample --top_k 0
+error: --top_k must be at least 1
+$ sample --top_p 1.5
+error: --top_p must be at most 1
+$ sample --num_samples 0
+error: --num_samples must be at least 1
+$ sample --num_samples 99999999999999999999
+error: --num_samples must be below ..
+$ sample --per_step 0
+error: --per_step must be at least 1
+$ sample --out_dir a3 --by margin --per_step 0
+error: --per_step must be at least 1
+
+-- models --
+$ train --n_head 3                                      # heads that do not divide the width
+error: n_embd (16) must be divisible by n_head (3)..
+$ train --model block --block_len 5                     # blocks that do not fill the window
+error: seq_len (16) must be divisible by block_len (5)..
+$ train --model block --block_len 16                    # one block: that is another model
+error: --block_len: above 1 (--model arm), below 16 (--model mdm)
+$ train --model block --block_len 1                     # and so are blocks of one
+error: --block_len: above 1 (--model arm), below 16 (--model mdm)
+$ train --model block --block_len 0
+error: --block_len must be at least 1
+$ train --model arm --block_len 4                       # a flag for another model
+error: --block_len is for --model block or lomdm or lomdm-by-time, not arm
+$ train --model mdm --c2 0.1                            # likewise
+error: --c2 is for --model lomdm or lomdm-by-time, not mdm
+$ train --weights exp --c2 0                            # a flag for other weights
+error: --c2 is for --weights normsig
+$ train --c2 0.9                                        # more than normsig can be
+error: c1 (0.7) must be above c2 (0.9)..
+$ train --model loa3 --batch_size 1                     # a text has none to be compared with
+error: loa3 compares texts: --batch_size 2 at least
+$ train --model a3 --shares 1,1,1                       # more than all steps
+error: shares must be three numbers >= 0 that sum to 1, not ..
+$ train --model a3 --shares nan,0,1
+error: shares must be three numbers >= 0 that sum to 1, not ..
+$ train --model a3 --group_size 0
+error: --group_size must be at least 1
+$ train --init_from good                                # a flag for a3
+error: --init_from is for --model a3, not lomdm
+$ train --model a3 --init_from nowhere                  # a folder that is not there
+error: --init_from nowhere: no LLaMA, no ARM there
+$ train --model a3 --init_from good                     # a run of another model
+error: --init_from good: neither a LLaMA nor an ARM
+$ train --model a3 --init_from bert                     # another kind of pretrained model
+error: bert cannot be loaded: ValueError model_type bert is not supported
+$ train --model a3 --init_from half                     # a download that broke off
+error: half cannot be loaded: JSONDecodeError ..
+$ train --model a3 --init_from bert --tokenizer gpt2    # a LLaMA has its own
+error: --tokenizer is that of bert; leave it out
+$ train --data automaton --seq_len 70                   # windows with parts of texts
+error: --seq_len must hold whole texts, of 68
+
+-- texts --
+$ train --data missing.txt                              # a file that is not there
+error: --data missing.txt: no such file or folder
+$ train --data no_text                                  # a folder without texts
+error: --data no_text has no .txt or .jsonl files
+$ train --data empty.txt                                # an empty file
+error: --data empty.txt has 0 + 0 tokens to train and validate on, too few for a window of ..
+$ train --data short.txt                                # a file that is too short
+error: --data short.txt has 27 + 3 tokens to train and validate on, too few for a window of ..
+$ train --data latin1.txt                               # another encoding
+error: latin1.txt is not UTF-8 text
+$ train --data bad.jsonl                                # another format
+error: bad.jsonl, line 2: not a JSON object with a string "text"
+$ train --tokenizer no_text                             # a folder without a tokenizer
+error: --tokenizer no_text: neither char, gpt2 nor a folder with tokenizer.json
+$ train --data . --out_dir runs                         # a log that would become text
+error: --out_dir must not lie inside --data .: its log would become text
+
+-- devices and folders --
+$ train --device tpu9                                   # a device that torch does not know
+error: --device tpu9 is none that torch knows; try cpu or cuda
+$ train --device cuda:99                                # a device that is not there
+error: --device cuda:99 asked for, but there is none here; try --device cpu
+$ sample --device cuda:99
+error: --device cuda:99 asked for, but there is none here; try --device cpu
+$ train --out_dir text.txt                              # a file as a folder
+error: cannot write to --out_dir text.txt: it is a file; take another name
+$ train --out_dir text.txt/run                          # a folder below a file
+error: cannot write to --out_dir text.txt/run: ..
+$ train --out_dir /proc/run                             # a place that takes no files
+error: cannot write to --out_dir /proc/run: ..
+$ train --out_dir .                                     # the folder one is in
+error: --out_dir must be a folder of its own, not the one you are in
+
+-- going on --
+$ train --resume                                        # no run is there
+error: no checkpoint at out/last.pt; train one: python train_char.py --out_dir out
+$ train --resume --out_dir good --eval_windows 7        # a flag that the run has otherwise
+error: --eval_windows 7 is not what the run in good has (2000); leave it out, or ..
+$ train --resume --out_dir good --n_layer 2             # likewise
+error: --n_layer 2 is not what the run in good has (1); leave it out, or ..
+$ train --resume --out_dir good --data short.txt        # a text that is too short
+error: --data short.txt has 27 + 3 tokens ..
+$ train --resume --out_dir good --data other.txt        # another text
+error: --data other.txt is not the text that this run began with
+$ train --resume --out_dir cut                          # half a checkpoint
+error: cut/last.pt is damaged, cut off or not a checkpoint; train again
+$ train --resume --out_dir old                          # one of an earlier version
+error: old/last.pt was not written by this version of train_char.py; train again
+$ train --resume --out_dir foreign                      # one of another program
+error: foreign/last.pt was not written by this version of train_char.py; train again
+$ train --resume --out_dir mixed                        # weights of another model
+error: mixed/last.pt does not hold the model that it says; train again
+
+-- samples --
+$ sample --out_dir nowhere                              # no run is there
+error: no checkpoint at nowhere/ckpt.pt; train one: python train_char.py --out_dir nowhere
+$ sample --out_dir young                                # a run without a validation so far
+error: no ckpt.pt in young, only last.pt: no validation yet: --resume goes on
+$ sample --out_dir cut                                  # half a checkpoint
+error: cut/ckpt.pt is damaged, cut off or not a checkpoint; train again
+$ sample --prompt 'to Be'                               # a character that was not in the text
+error: 'B' does not occur in the text that this model was trained on
+$ sample --prompt 'to be, or not to '                   # a prompt longer than the window
+error: the prompt fills the window: --length above 17?
+$ sample --prompt 'to be, or not to'                    # a prompt as long as the window
+error: the prompt fills the window: --length above 16?
+$ sample --prompt 'to be' --length 5                    # nothing is left to write
+error: --length 5: the prompt has 5 tokens already
+$ sample --prompt to --infill t_                        # two tasks at once
+error: --prompt or --infill: one of the two
+$ sample --infill 'to be'                               # no gap
+error: --infill needs a gap: one _ for each token to fill in
+$ sample --infill 'to\_be'                              # that is a character
+error: --infill needs a gap: one _ for each token to fill in
+$ sample --infill 'to be, or not to _'                  # a text longer than the window
+error: the text has 18 tokens, the model's window 16
+$ sample --out_dir a3 --infill 'to be, or not to _'
+error: the text has 18 tokens, the model's window 16
+$ sample --infill 'to _e' --length 9                    # a flag for prompts
+error: --length is for what follows a prompt, not for --infill
+$ sample --drafts 2                                     # a flag for another model
+error: --drafts is for a3 and loa3, not lomdm
+$ sample --out_dir a3 --drafts 2 --per_step 2           # two ways to be fast at once
+error: --drafts: with --per_step 1, by left or order
+$ sample --out_dir a3 --by order                        # an order that was never learned
+error: --by order: a3 has not learned one
+$ sample --per_step 17                                  # more than there is to fill
+error: --per_step: lomdm fills in a block of 16 at most in one call
+$ sample --html x/ckpt.pt                               # a name that a checkpoint has
+error: ckpt.pt: take another name, this one is a run's or there twice
+$ sample --html x --svg x                               # one name for two files
+error: x: take another name, this one is a run's or there twice
+$ sample --html x --svg ./x                             # likewise
+error: x: take another name, this one is a run's or there twice
+$ sample --html text.txt/a.html                         # a folder that is a file
+error: cannot write text.txt/a.html: ..
+"""
+
+
+def cases(table):
+    """(command, line) of a table, each with the mistake as its name."""
+    found = re.findall(r"^\$ (.*?) *(?:# (.*))?\n(.*)$", table, re.MULTILINE)
+    return [pytest.param(command, line, id=what or command) for command, what, line in found]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with everything that the table names."""
+    where = tmp_path_factory.mktemp("world")
+    with contextlib.chdir(where):
+        Path("text.txt").write_text("to be, or not to be\n_" * 100)
+        Path("empty.txt").touch()
+        Path("short.txt").write_text("x" * 30)
+        Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)
+        Path("other.txt").write_text("something else " * 100)
+        Path("bad.jsonl").write_text('{"text": "good"}\n{"words": "bad"}\n')
+        for name in ("no_text", "bert", "half", "cut", "old", "foreign", "mixed", "young"):
+            Path(name).mkdir()
+        Path("no_text/README.md").write_text("no text")
+        Path("bert/config.json").write_text('{"model_type": "bert", "vocab_size": 9}')
+        Path("half/config.json").write_text('{"model_type": "llama", "vocab')
+
+        train("--max_iters 1 --out_dir good")
+        train("--max_iters 1 --out_dir a3 --model a3")
+        whole = Path("good/last.pt").read_bytes()
+        good = checkpoint("good/last.pt")
+        for name in ("last.pt", "ckpt.pt"):
+            Path("cut", name).write_bytes(whole[: len(whole) // 2])
+        Path("young/last.pt").write_bytes(whole)
+        torch.save(good | {"format": "lomdm checkpoint 2"}, "old/last.pt")
+        torch.save({"model": {}}, "foreign/last.pt")
+        torch.save(good | {"model": {}}, "mixed/last.pt")
+    return where
+
+
+@pytest.fixture
+def llama_files(monkeypatch):
+    """The package that reads a LLaMA's files, where it is not installed."""
+    with contextlib.suppress(ImportError):
+        import safetensors  # noqa: F401
+
+        return
+    stub = types.SimpleNamespace(SafetensorError=ValueError, safe_open=None)
+    monkeypatch.setitem(sys.modules, "safetensors", stub)
+
+
+def files():
+    """{path: its bytes} of all below this folder, but for tokens and locks."""
+    found = (p for p in Path().rglob("*") if p.is_file() and not p.name.endswith(".lock"))
+    return {p: p.read_bytes() for p in found if p.parts[0] != "tokens"}
+
+
+def outcome(command, capfd):
+    """The exit code of a command, here and now, and what it wrote to stderr."""
+    script, *argv = shlex.split(command)
+    if script == "train":
+        base = QUIET if "--resume" in argv else BASE
+        call = lambda: train_char.main([*base.split(), *argv])  # noqa: E731
+    else:
+        out = [] if "--out_dir" in argv else ["--out_dir", "good"]
+        call = lambda: sample.main(["--device", "cpu", *out, *argv])  # noqa: E731
+    try:
+        cli.run(call)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    if "--resume" in argv or code > 2:
+        gc.collect()  # the lock of a folder lives as long as the traceback
+    return code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command,line", cases(TABLE))
+def test_a_mistake_costs_one_line(world, llama_files, monkeypatch, capfd, command, line):
+    monkeypatch.chdir(world)
+    before = files()
+    code, err = outcome(command, capfd)
+    assert re.fullmatch(re.escape(line).replace(r"\.\.", ".*") + "\n", err), err
+    assert code == (2 if "--help" in line else 1)
+    assert files() == before
+
+
+# ---- what goes wrong around them ------------------------------------------------------------
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a text."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be, or not to be\n_" * 100)
+    return tmp_path
+
+
+def fails(*_, **__):
+    raise OSError("no network")
+
+
+def last_line(err):
+    """The last line of stderr, where a bar of progress may have been before."""
+    assert "Traceback" not in err
+    return re.split(r"[\r\n]", err.rstrip())[-1]
+
+
+def test_no_network_for_shakespeare(work, monkeypatch, capsys):
+    """Python's own text is trained on, which is said, and the run goes on with that."""
+    monkeypatch.setattr(urllib.request, "urlopen", fails)
+    train("--max_iters 1", base=TINY)
+    note = "no tinyshakespeare (no network); training on Python's own documentation instead\n"
+    assert capsys.readouterr().out.startswith(note)
+    assert checkpoint("out/last.pt")["settings"]["data"] == "python-docs"
+    assert rows()[0]["settings"]["data"] == "python-docs"
+    train("--resume --max_iters 2", base="")
+
+
+ELSEWHERE = [  # what is amiss, the command, and what the line says
+    ("a download that is cut off", "--data shakespeare", "has a wrong checksum; try again"),
+    ("no network for openwebtext", "--data openwebtext", "not be downloaded: no network"),
+    ("no package for openwebtext", "--data openwebtext", "needs .*package.*datasets"),
+    ("no network for GPT-2's tokens", "--tokenizer gpt2", "no GPT-2 vocabulary .OSError.: "),
+]
+
+
+@pytest.mark.parametrize("what,flags,line", ELSEWHERE, ids=[what for what, *_ in ELSEWHERE])
+def test_what_is_missing_elsewhere(work, monkeypatch, capfd, what, flags, line):
+    hub = None if "package" in what else types.SimpleNamespace(load_dataset=fails)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setattr(tiktoken, "get_encoding", fails)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"ROMEO:"))
+    before = files()
+    code, err = outcome(f"train {flags}", capfd)
+    assert code == 1 and re.fullmatch(f"error: .*{line}.*\n", err)
+    assert files() == before
+
+
+def test_no_compiler(work):
+    """--compile without a C++ compiler, or whatever inductor may stumble over."""
+    env = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(work / "cache")}
+    run = start(f"{BASE} --max_iters 1 --compile", env=env)
+    line = last_line(run.communicate(timeout=120)[1])
+    assert run.returncode == 1
+    assert line.startswith("error: torch.compile failed (") and "--compile=False" in line
+
+
+LOCKED = {  # the file, and a command that reads it
+    "other.txt": "train --data other.txt --data_dir tokens/new",
+    "good/ckpt.pt": "sample --out_dir good",
+    "good/last.pt": "train --resume --out_dir good",
+}
+
+
+@pytest.mark.parametrize("name,command", LOCKED.items())
+def test_a_file_that_may_not_be_read(world, monkeypatch, capfd, name, command):
+    """Its name is in the line, and the reason."""
+    monkeypatch.chdir(world)
+    before = files()
+    real = open
+
+    def locked(path, *a, **kw):
+        if str(path) == name:
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return real(path, *a, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", locked)
+        code, err = outcome(command, capfd)
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert name in err and "Permission denied" in err
+    assert files() == before
+
+
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_two_runs_in_one_folder(work, monkeypatch, resume):
+    """A run keeps others out, new or resumed ones, as long as it trains."""
+    train("--max_iters 1")
+    seen = []
+    train_step = train_char.train_step
+
+    def step(*a):
+        before = files()
+        for flags in ("--max_iters 2", "--resume"):
+            with pytest.raises(UserError, match="another run is writing to out; take another"):
+                train(flags, base="" if "resume" in flags else BASE)
+        assert files() == before
+        seen.append(before)
+        return train_step(*a)
+
+    monkeypatch.setattr(train_char, "train_step", step)
+    train(f"{resume} --max_iters 2", base="" if resume else BASE)
+    assert len(seen) == (1 if resume else 2)
+
+
+@pytest.mark.parametrize("flags", ["--resume --max_iters 2", "--data new.txt --out_dir new"])
+def test_a_full_disk(work, capfd, flags):
+    """Here no file may grow beyond some size. What was there stays, and nothing half-written
+    is left."""
+    resource = pytest.importorskip("resource")
+    train("--max_iters 1")
+    Path("new.txt").write_text("to be" * 50_000)
+    before = files()
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        code, err = outcome(f"train {flags}", capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    line = last_line(err)
+    assert code == 1 and line.startswith("error: ")
+    assert "cannot write out/" in line if "resume" in flags else "File too large" in line
+    after = files()
+    assert {p for p in before if after[p] != before[p]} <= {Path("out/log.jsonl")}
+    assert after.keys() == before.keys()
+    assert not [p for p in Path().rglob("*") if p.suffix == ".tmp" or p.match("new*/*.bin")]
+
+
+def test_numbers_that_are_not_finite(work, monkeypatch):
+    """The line names the step, and the last good checkpoint, which is kept."""
+    loss = lomdm.LoMDM.loss
+
+    def spoilt(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        value, metrics = loss(self, x)
+        bad = torch.nan if self.calls == 7 else 1.0
+        return value * bad, {name: number * bad for name, number in metrics.items()}
+
+    monkeypatch.setattr(lomdm.LoMDM, "loss", spoilt)
+    with pytest.raises(UserError, match=r"not finite at step 7; .*last.pt \(step 5\)"):
+        train("--max_iters 20 --eval_interval 5")
+    assert checkpoint("out/last.pt")["step"] == 5
+    with pytest.raises(UserError, match="not finite at step 7; last good .*: none yet"):
+        train("--max_iters 20 --eval_interval 10 --out_dir out2")
+    assert not Path("out2/last.pt").exists()
+
+
+def closed_pipe():
+    """The end of a pipe that nobody reads from: python sample.py | head -1, a moment later."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+ENDS = {  # the command, where stdout goes, what stderr gets
+    "| tee out.txt": ("train_char.py --data no.txt", "out.txt", "--data no.txt: no such .*"),
+    "| head -1": ("sample.py --out_dir good", closed_pipe, None),
+    "> /dev/full": ("sample.py --out_dir good", "/dev/full", ".*No space left on device"),
+}
+
+
+@pytest.mark.parametrize("command,where,line", ENDS.values(), ids=ENDS)
+def test_the_way_out_of_a_script(world, command, where, line):
+    """It has exit code 1, without a traceback, and also if stdout takes no more."""
+    script, *argv = command.split()
+    path = where if where == "/dev/full" else world / "out.txt"
+    stdout = closed_pipe() if where is closed_pipe else os.open(path, os.O_CREAT | os.O_WRONLY)
+    argv = [sys.executable, str(ROOT / script), *argv]
+    got = subprocess.run(argv, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=world)
+    os.close(stdout)
+    assert got.returncode == 1
+    assert re.fullmatch(f"error: {line}\n" if line else "", got.stderr), got.stderr
+    assert where != "out.txt" or path.read_text() == ""
+
+
+# ---- impatience -----------------------------------------------------------------------------
+
+LONG = BASE + "--eval_interval 100000 --max_iters 100000 "
+GO_ON = "all saved; go on with: python train_char.py --resume --out_dir out"
+KILLS = int(os.environ.get("KILLS", 3))  # 20 in the long version
+
+
+def start(flags, **how):
+    argv = [sys.executable, str(ROOT / "train_char.py"), *flags.split()]
+    how = {"stderr": subprocess.PIPE, "text": True} | how
+    return subprocess.Popen(argv, **how)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):  # no log so far, or half a line
+            if condition():
+                return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+def test_a_signal_ends_a_run_at_once(work, capfd, number):
+    """It ends after this step, not only after the next line of the log, with exit code 128 +
+    signal. Before the first validation there is no best checkpoint, which is said."""
+    with signals_in(7, number):
+        code, err = outcome("train --max_iters 9 --eval_interval 9", capfd)
+    assert code == 128 + number and last_line(err) == f"stopped at step 7, {GO_ON}"
+    assert "stopping after this step; saving ... (again: without saving)\n" in err
+    assert checkpoint("out/last.pt")["step"] == 7 and not Path("out/ckpt.pt").exists()
+    with pytest.raises(UserError, match="only last.pt: no validation yet: --resume goes on"):
+        train("--resume --max_iters 2", base="")
+
+
+def test_ctrl_c_twice(work, capfd, monkeypatch):
+    """Whoever asks again, some time later, gets an end without saving. What was saved before
+    is there, and the run goes on from it as if nothing had happened."""
+    flags = "--max_iters 12 --eval_interval 4 --log_interval 1"
+    train(f"{flags} --out_dir whole")
+    monkeypatch.setattr(processes, "PATIENCE", -1)
+    with signals_in(7, signal.SIGINT, signal.SIGINT):
+        code, err = outcome(f"train {flags}", capfd)
+    assert code == 130 and last_line(err) == "stopped without saving"
+    assert checkpoint("out/last.pt")["step"] == checkpoint("out/ckpt.pt")["step"] == 4
+    train("--resume", base="")
+    same_runs("whole", "out")
+
+
+PLACES = {"train": "train_char.data.load", "sample": "sample.write"}
+
+
+@pytest.mark.parametrize("script,place", PLACES.items())
+def test_ctrl_c_while_nothing_is_to_be_saved(world, monkeypatch, capfd, script, place):
+    """While text is prepared or samples are drawn, it costs one line."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(place, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = files()
+    assert outcome(script, capfd) == (130, "interrupted\n")
+    assert files() == before
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT twice"])
+def test_a_signal_from_outside(work, how):
+    """It is acknowledged at once, and nothing is lost, as the run goes on to the same weights.
+    Two presses of Ctrl-C within 50 ms are one."""
+    number = getattr(signal, how.split()[0])
+    run = start(LONG)
+    wait_for(lambda: len(figures("out", "nelbo")) >= 2)
+    run.send_signal(number)
+    if "twice" in how:
+        time.sleep(0.05)
+        run.send_signal(number)
+    err = run.communicate(timeout=60)[1]
+    assert run.returncode == 128 + number and "error" not in err
+    assert "stopping after this step; saving" in err and last_line(err).endswith(GO_ON)
+    at = checkpoint("out/last.pt")["step"]
+    assert at >= 20
+
+    stopped(at + 3, "--resume", base="")
+    stopped(at + 3, f"{LONG} --out_dir whole", base="")
+    for key in ("step", "model", "optimizer"):
+        assert same(checkpoint("out/last.pt")[key], checkpoint("whole/last.pt")[key]), key
+
+
+def test_kill_at_any_moment(work):
+    """kill -9 may come while it trains, validates or writes. Both checkpoints always load, the
+    folder is free, training goes on, and in the end it is the run that was never killed."""
+    rng = random.Random(1)
+    flags = f"{BASE} --n_embd 64 --max_iters 3000 --warmup_iters 10 --eval_windows 2 "
+    flags += "--eval_interval 1 --log_interval 1"
+    begun = 0
+    for _ in range(KILLS):
+        logged = max(figures("out", "nelbo")) if begun else 0
+        run = start("--resume" if begun else flags, stdout=subprocess.DEVNULL)
+        wait_for(lambda: max(figures("out", "nelbo")) > logged)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.5))
+        assert run.poll() is None, run.stderr.read()
+        run.kill()
+        run.communicate()
+        if Path("out/last.pt").exists():
+            assert checkpoints.load("out/ckpt.pt", train_char.make_model)
+            ckpt, _ = checkpoints.load("out/last.pt", train_char.make_model)
+            assert ckpt["step"] >= begun
+            begun = ckpt["step"]
+
+    assert begun > KILLS and not any(p.name != "out" for p in work.glob("out*"))
+    stopped(begun + 2, "--resume", base="")
+    stopped(begun + 2, f"{flags} --out_dir whole", base="")
+    same_runs("whole", "out")
