@@ -131,30 +131,29 @@ def who_sees(key_rank, content_rank, query_rank):
 
 # ---- 2. the network ----------------------------------------------------------------------
 # This is a GPT with the parts of LLaMA: RMSNorm, rotary embeddings, a gated MLP. The block is
-# in two halves, as two streams ask and only one of them is asked.
+# in parts, as both streams ask, by queries(), but only content answers, by keys_values().
 
 
 def rotary_tables(pos, head_dim):
-    """cos and sin (.., T, head_dim) of the angles by which rotate() turns what is at positions
-    pos (.., T). Pair j of the channels turns by 10000^(-2 j / head_dim) radians for every
-    position."""
-    j = torch.arange(0, head_dim, 2, device=pos.device)
-    radians = 1e4 ** (-j / head_dim)  # (head_dim / 2,)
+    """cos and sin (.., T, head_dim) for rotate(), of what is at positions pos (.., T). Pair j
+    of the channels turns by 10000^(-2 j / head_dim) radians for every position."""
+    j = torch.arange(head_dim // 2, device=pos.device)
+    radians = 1e4 ** (-2 * j / head_dim)  # (head_dim / 2,)
 
-    # rotate() adds the first channel of a pair to the second and subtracts the second from the
-    # first. The minus sign is put into the table.
+    # rotate() needs -sin for the first channel of each pair, and sin for the second.
     angle = pos[..., None] * torch.cat((-radians, radians))  # (.., T, head_dim)
     return angle.cos(), angle.sin()
 
 
 def rotate(q, cos, sin):
-    """Rotary position embedding of q (.., T, head_dim). It turns each pair of channels j and
-    j + head_dim / 2 by its angle, so that the product of a query and a key depends on their
-    distance. roll() swaps the two channels of every pair."""
-    return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
+    """Rotary position embedding of q (.., T, head_dim). It turns each pair of channels a and
+    b, which are head_dim / 2 apart, by its angle: a cos - b sin and b cos + a sin. The product
+    of a query and a key then depends on their distance."""
+    swapped = q.roll(q.shape[-1] // 2, dims=-1)  # b in the place of a, and a in that of b
+    return (q * cos + swapped * sin).type_as(q)
 
 
-CAUSAL = "causal"  # a mask that need not be built: each row sees as many columns as its number
+CAUSAL = "causal"  # a mask that need not be built: row i sees the columns 0 .. i
 
 
 class Block(nn.Module):
@@ -441,8 +440,8 @@ class A3(nn.Module):
             token = torch.multinomial(p, 1, generator=generator).view_as(at)
 
             # Write. Where a row is padded, everything stays as it is.
-            for t, value in ((x, token), (rank, step)):
-                t.scatter_(1, at, torch.where(real, value, t.gather(1, at)))
+            x.scatter_(1, at, torch.where(real, token, x.gather(1, at)))
+            rank.scatter_(1, at, torch.where(real, step, rank.gather(1, at)))
         return x, rank
 
     def read(self, x, rank, at):
@@ -527,10 +526,11 @@ def sorted_features(model, x, groups, single=None):
             d        #     #  #                    a?       #     #  #
             a        #     #  #  #                 c?       #     #  #  #
 
-    and with one token a group both tables are exactly a GPT's causal mask. So no (B, L, L) table
-    is made, and attention runs in its causal kernel. On a CPU that is no faster at 64 tokens, and
-    1.2 times as fast at 1,024. The content of the last token, here c, is left out, as nobody
-    reads it. single: does every group have one token? None finds out, for which a GPU has to stop.
+    and with one token a group both tables are exactly a GPT's causal mask. So no (B, L, L)
+    table is made, and attention runs in its causal kernel. On a CPU that is no faster at 64
+    tokens, and 1.2 times as fast at 1,024. The content of the last token, here c, is left out,
+    as nobody reads it. single: does every group have one token? None finds out, for which a
+    GPU has to stop.
     """
     model.check(x, groups)
     L = x.shape[1]
@@ -651,7 +651,8 @@ def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
     """Progressive adaptation: the stage and the size of groups at step 0, 1, .. of
     total_steps, which are cut into stages by shares. Later steps are as the last.
 
-        stage 1   one token a group, left to right: queries learn what content knows
+        stage 1   one token a group, left to right. Queries that begin as one vector learn here
+                  what content knows; with left neighbours a loaded GPT knows it already
         stage 2   chunks of 1, then 2, then 4, a third of the stage each: several at a time
         stage 3   random partitions into groups of group_size: any order"""
     positive = total_steps >= 1 and group_size >= 1

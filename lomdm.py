@@ -19,16 +19,21 @@ text is a sum over all orders, as it may have been written in any of them:
     p(x) = sum_order  prod_k  q_hat(order_k | revealed) mu(x at order_k | revealed)         (1)
 
 Here q_hat is the probability with which the model goes to position order_k next. For an MDM
-all hidden positions are equally likely. The sum has L! terms, so we bound it. The log of a
-mean is at least the mean of the logs. So for any distribution q of orders, even one that has
-seen the text,
+all hidden positions are equally likely. The sum has L! terms, so we bound it. Take any
+distribution q of orders, even one that has seen the text. Multiply and divide each term by q,
+so that the sum becomes a mean over orders that are drawn from q. The log of a mean is at least
+the mean of the logs:
 
-    -log p(x) <= E_{order ~ q} sum_k [ -log mu + log q(order_k | ..) - log q_hat(order_k | ..) ]
-                                       token     what the order costs                        (2)
+    p(x) = E_{order ~ q} prod_k  q_hat mu / q
 
-The sum has L steps, and one step k drawn at random, times L, has the same mean. For an MDM, q
-= q_hat is uniform and the order costs nothing. That leaves the mean of -log mu over the hidden
-positions, times L: divided by L, the last of the six lines above.
+    -log p(x) <= E_{order ~ q} sum_k [ -log mu + log q(order_k | revealed, x)               (2)
+                                               - log q_hat(order_k | revealed) ]
+
+The first part is what the tokens cost, the rest is what the order costs. The sum has L steps,
+and one step k drawn at random, times L, has the same mean. For an MDM q = q_hat is uniform,
+and the order costs nothing. At step k each hidden position is equally likely to be the next
+one. So the mean of -log mu over all of them, times L, estimates (2). The last of the six lines
+is this divided by L, as we report nats per token.
 
 What if some orders are better than others? LoMDM gives every position a weight, and the next
 position is drawn from the hidden ones in proportion to the weights. For q, one head of the
@@ -78,7 +83,7 @@ class Config:
     block_len: int | None = None  # None means seq_len: one block
     learn_order: bool = False
     weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order
-    c1: float = 0.7  # of the paper's weights, with the paper's values
+    c1: float = 0.7  # c1 and c2 of the paper's weights, see Order
     c2: float = 0.65
 
     def __post_init__(self):
@@ -111,23 +116,22 @@ class Config:
 
 
 def rotary_tables(pos, head_dim):
-    """cos and sin (.., T, head_dim) of the angles by which rotate() turns what is at positions
-    pos (.., T). Pair j of the channels turns by 10000^(-2 j / head_dim) radians for every
-    position."""
-    j = torch.arange(0, head_dim, 2, device=pos.device)
-    radians = 1e4 ** (-j / head_dim)  # (head_dim / 2,)
+    """cos and sin (.., T, head_dim) for rotate(), of what is at positions pos (.., T). Pair j
+    of the channels turns by 10000^(-2 j / head_dim) radians for every position."""
+    j = torch.arange(head_dim // 2, device=pos.device)
+    radians = 1e4 ** (-2 * j / head_dim)  # (head_dim / 2,)
 
-    # rotate() adds the first channel of a pair to the second and subtracts the second from the
-    # first. The minus sign is put into the table.
+    # rotate() needs -sin for the first channel of each pair, and sin for the second.
     angle = pos[..., None] * torch.cat((-radians, radians))  # (.., T, head_dim)
     return angle.cos(), angle.sin()
 
 
 def rotate(q, cos, sin):
-    """Rotary position embedding of q (.., T, head_dim). It turns each pair of channels j and
-    j + head_dim / 2 by its angle, so that the product of a query and a key depends on their
-    distance. roll() swaps the two channels of every pair."""
-    return (q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin).type_as(q)
+    """Rotary position embedding of q (.., T, head_dim). It turns each pair of channels a and
+    b, which are head_dim / 2 apart, by its angle: a cos - b sin and b cos + a sin. The product
+    of a query and a key then depends on their distance."""
+    swapped = q.roll(q.shape[-1] // 2, dims=-1)  # b in the place of a, and a in that of b
+    return (q * cos + swapped * sin).type_as(q)
 
 
 CAUSAL = "causal"  # a mask that need not be built: each place sees itself and those before it
@@ -186,15 +190,15 @@ class Block(nn.Module):
 
 # ---- 2. orders ---------------------------------------------------------------------------
 # How do weights make an order? Position i draws the time Exponential(1) / w_i at which it
-# arrives, and the positions are sorted by their times. Then the next one to arrive is i with
-# probability w_i / (sum of the weights that are still on their way). This is called a
-# Plackett-Luce ranking.
+# arrives, and the positions are sorted by their times. The smallest of such times is that of i
+# with probability w_i / (sum of the weights), and after each arrival the same holds for the
+# rest. This is called a Plackett-Luce ranking. An order lists the positions, first to last.
+# Its argsort gives the rank of each position:
 #
-#     w               0.5   4.0   1.0      order         [1, 2, 0]   first comes position 1
-#     arrival times   3.1   0.2   0.9      its argsort   [2, 0, 1]   position 0 has rank 2
-#
-# The argsort of an order gives each position's rank, and the argsort of the ranks is the
-# order.
+#     w                0.5   4.0   1.0      of positions 0, 1, 2
+#     arrival times    3.1   0.2   0.9
+#     order            1     2     0        position 1 comes first
+#     order.argsort()  2     0     1        position 0 has rank 2
 
 
 def race(w, generator=None):
@@ -209,7 +213,7 @@ def prefix_log_prob(w, order, k):
     (.., K): a sum over j < k of log(w of order_j / sum of the weights that had not arrived
     before)."""
     w = w.gather(-1, order)  # in order of arrival
-    remaining = w.flip(-1).cumsum(-1).flip(-1)
+    remaining = w.flip(-1).cumsum(-1).flip(-1)  # the weight of each and of all that come later
     in_prefix = torch.arange(w.shape[-1], device=w.device) < k[..., None]
     return torch.where(in_prefix, w / remaining, 1.0).log().sum(-1)
 
@@ -285,7 +289,7 @@ def jump_terms(nll, w, w_hat, hidden):
     W = (w * hidden).sum(-1, keepdim=True)
     W_hat = (w_hat * hidden).sum(-1, keepdim=True)
 
-    # Who is next? Where nothing is hidden p is set to 1, so that its logarithm is 0.
+    # Who is next? At visible positions p is set to 1, so that its logarithm is 0.
     p = torch.where(hidden, w / W, 1.0)
     p_hat = torch.where(hidden, w_hat / W_hat, 1.0)
 
@@ -342,9 +346,9 @@ class LoMDM(nn.Module):
 
     # What does the network read, to predict the hidden tokens of z? The three functions below
     # answer for the three kinds of models: tokens (B, T), their positions (T,), and the mask.
-    # The predictions come out at the first L of the T places. x is the clean text, which
-    # blocks before the predicted one hold. It is None when text is written: then z holds what
-    # is known.
+    # The predictions come out at the first L of the T places. In training x is the clean text,
+    # as each block looks back at clean blocks. While text is written x is None, as all blocks
+    # of z before the current one are finished.
 
     def arm_inputs(self, z, x):
         """Left to right: each place reads the token before its own, and all before that.
@@ -403,7 +407,8 @@ class LoMDM(nn.Module):
         for block in self.blocks[:-1]:
             h = block(h, rotary, mask)
 
-        # Without an order to learn, nobody reads the clean copy after the last layer.
+        # The head of a learned order attends to the clean copy once more. Without one, nobody
+        # reads it after the last layer.
         L = z.shape[1]
         has_unread_copy = len(pos) > L and not self.config.learn_order
         h = self.blocks[-1](h, rotary, mask, rows=L if has_unread_copy else None)
@@ -443,6 +448,7 @@ class LoMDM(nn.Module):
         z = x.masked_fill(hidden.view_as(x), self.mask_id)
         h, attention = self.features(z, x)  # (B, L or 2 L, C)
 
+        # nll() of section 6 is cross entropy.
         token_nll = nll(self, h[:, :L].flatten(0, 1), x.flatten())  # (B L,)
         w_hat = self.g_hat(h, *attention, rows=L if h.shape[1] > L else None)  # (B, L)
         return token_nll.view_as(hidden) * hidden, w_hat.view_as(hidden)
@@ -452,15 +458,16 @@ class LoMDM(nn.Module):
         detached metrics. Report metrics["nelbo"], the bound (2) in nats per token.
 
         Without a learned order, this is the six lines at the top of the file. With one,
-        autograd cannot see how w changes which order is drawn. So two orders are drawn for
-        each text, at the same k, and the one with the smaller cost becomes likelier
-        (REINFORCE, leave one out):
+        autograd cannot see how w changes which order is drawn. REINFORCE can: to the gradient
+        of the cost it adds cost grad log q. That is noisy, but subtracting from this cost any
+        number that does not depend on the order leaves the mean as it is. So draw two orders
+        for each text, at the same k, and subtract the cost of the other one:
 
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
 
-        log q is that of the first k places, as the cost depends on no more of the order. Every
-        block has an order, a k and a cost of its own, and so an equation of its own."""
+        Here log q is that of the first k places. What comes next is averaged in jump_terms().
+        With several blocks, each has its own order, k, cost and equation (3)."""
         self.check(x)
         B, L = x.shape
         K = min(L, self.config.block_len)
@@ -482,7 +489,7 @@ class LoMDM(nn.Module):
         # The bound.
         recon, order_cost, _ = jump_terms(token_nll, w, w_hat, hidden)  # (draws B, n) each
         cost = recon + order_cost
-        per_token = 1 / (draws * B * L)
+        per_token = 1 / (draws * B * L)  # with two draws, this holds the halves of (3)
         nelbo = cost.sum() * per_token
 
         # The part of (3) that autograd does not see. Its value means nothing, its gradient
@@ -536,10 +543,10 @@ class LoMDM(nn.Module):
         temperature, top_k, top_p: see probabilities(). cache: see CachedReader, which changes
         nothing but the time.
 
-        With "order", one per_step and nothing given but whole blocks in front, texts are drawn
-        from p exactly. If other tokens are given, they are drawn from something near p(rest |
-        given), as the model starts midway in an order that it might not have taken. It is
-        blind to tokens that are given in later blocks.
+        Is a sample a draw from p? It is with "order", one per_step, and nothing given but
+        whole blocks in front. If other tokens are given, it is a draw from something near
+        p(rest | given): the model starts midway in an order, and its own order might not have
+        begun with the given tokens. Tokens that are given in later blocks are not seen.
 
         Returns the texts x (B, L) and revealed_at (B, L): the number of the call that filled a
         position, and -1 if it was given."""
@@ -560,7 +567,8 @@ class LoMDM(nn.Module):
                 if by in ("order", "random"):
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~hidden, -torch.inf)
-                pick = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
+                best = score.argsort(dim=1, descending=True, stable=True)
+                pick = best[:, :per_step]  # (B, m), m <= per_step
 
                 # What? Tokens from the network's guess at these positions.
                 logits = self.logits(h.take_along_dim(pick[..., None], dim=1))  # (B, m, V)
@@ -569,8 +577,9 @@ class LoMDM(nn.Module):
 
                 # Write. A text with fewer than m hidden positions keeps what it has elsewhere.
                 new = hidden.gather(1, pick)
-                for t, value in ((x[:, here], token), (revealed_at[:, here], call)):
-                    t.scatter_(1, pick, torch.where(new, value, t.gather(1, pick)))
+                here_x, here_at = x[:, here], revealed_at[:, here]  # views: this writes into x
+                here_x.scatter_(1, pick, torch.where(new, token, here_x.gather(1, pick)))
+                here_at.scatter_(1, pick, torch.where(new, call, here_at.gather(1, pick)))
                 call += 1
         return x, revealed_at
 
@@ -643,20 +652,22 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def stratified_counts(B, n, K, generator=None, device=None):
     """How many positions of each block are revealed: k (B, n), each uniform on {0 .. K-1}.
 
-    The added code is so that the k of a batch are spread evenly over {0 .. K-1}. With randint, a
-    batch of mostly hidden texts is hard by accident, and one of mostly revealed texts is easy.
-    That noise has nothing to do with the model. Without it the loss of a batch of 16 texts, for a
-    small trained model, scatters by 0.10 nats per token in place of 0.16.
+    The added code is so that the k of a batch are spread evenly over {0 .. K-1}. With randint,
+    a batch of mostly hidden texts is hard by accident, and one of mostly revealed texts is
+    easy. That noise has nothing to do with the model. Without it the loss of a batch of 16
+    texts, for a small trained model, scatters by 0.10 nats per token in place of 0.16.
 
-    The N = B n blocks get the numbers 0 .. N-1, those of one text about B apart, so that each
-    text has easy and hard blocks. All turn by one random amount, and block j reveals the share
-    (j + turn / K) / N, cut to whole positions."""
+    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount. A
+    block that stands at the share s of the circle reveals s K positions, rounded down. The
+    blocks of one text stand far apart, so that each text has easy and hard ones. With B = 4,
+    n = 1 and K = 4 the shares are 0, 1/4, 1/2, 3/4 plus the turn, and k is 0, 1, 2, 3 in some
+    rotation."""
     N = B * n
     row = torch.arange(B, device=device)[:, None]
     block = torch.arange(n, device=device)
     number = (row + block * B // n) % B * n + block  # (B, n): each of 0 .. N-1 once
     turn = torch.randint(N * K, (1,), generator=generator, device=device)
-    return (number * K + turn) % (N * K) // N
+    return (number * K + turn) % (N * K) // N  # the share (number + turn / K) / N, times K
 
 
 class CachedReader:
@@ -743,28 +754,30 @@ def nll(model, h, x):
 #
 # At time t = 0 the whole text is visible, at t = 1 all of it is hidden. Position i is still
 # visible at time t with probability alpha^i(t), each on its own. Seen backwards in time, from
-# noise to text, a hidden i is revealed at the rate
+# noise to text, a position that is still hidden is revealed at the rate
 #
-#     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                                (4)
+#     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                               (4)
 #
 # which means: in a short time dt with probability A^i dt. LoMDM takes alpha^i = 1 - t^{w_i},
-# so A^i = w_i / t. All hidden positions share the factor 1 / t. So the next one is i with
-# probability w_i / W, and this is the race of section 2, on the clock -log t.
+# so A^i = w_i / t. All hidden positions share the factor 1 / t, so the next one is i with
+# probability w_i / W. That is the race of section 2: i is hidden at time t with probability
+# t^{w_i}, which is the probability that Exponential(1) / w_i is more than -log t.
 #
-# The model does the same at a rate of its own, A_hat^i = w_hat_i / t. In each dt two coins are
-# compared, and their KL divergence is (A log(A / A_hat) - A + A_hat) dt. Added up over time,
+# The model does the same at a rate of its own, A_hat^i = w_hat_i / t. In each dt the noise
+# tosses a coin with probability A dt, and the model one with A_hat dt. Their KL divergence, to
+# first order in dt, is (A log(A / A_hat) - A + A_hat) dt. Added up over time,
 #
-#     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))               token
-#                          (5)                    + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt
+#     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))             token    (5)
+#                            + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt         order
 #
-# Part of the last line compares *when* something is revealed: [W log(W / W_hat) - W + W_hat] /
-# t, at least 0. The text depends on the order only, so that part can go. What is left is (2),
-# never larger. In jump_terms() that part is `timing`: reveals come at rate W / t, so an
-# integral of g / t over time is a sum of g / W over steps.
+# Part of the order's cost compares *when* something is revealed. With W and W_hat the sums
+# over the hidden positions it is [W log(W / W_hat) - W + W_hat] / t, at least 0. The text
+# depends on the order only, so that part can go. What is left is (2), never larger. In
+# jump_terms() that part is `timing`. There it is divided by W: steps come at the rate W / t,
+# so a sum of g / W over the steps has the mean of the integral of g / t over time.
 #
-# Why not train on (5), at a random time? Its weight w / t on a position that is hidden with
-# probability t^w has the second moment int w^2 t^{w-2} dt, infinite if w <= 1. With orders no
-# weight is larger than K.
+# Why not train on (5), at a random time? Its weight w / t is large where t is small, and its
+# variance is infinite if w <= 1. With orders no weight is larger than K.
 
 
 def schedule(tau, w=1.0, speed=1):
@@ -800,7 +813,7 @@ def nelbo_rate(log_probs, x, hidden, velocity, velocity_hat):
 
 class ByTime(LoMDM):
     """LoMDM, trained as in the papers: the bound (5) at one random time for each text. It has
-    the mean of LoMDM.loss() plus the cost of guessing the times, and more noise, by 1 / t.
+    the mean of LoMDM.loss() plus the cost of guessing the times, and is noisier.
     Checkpoints of the two classes fit each other."""
 
     def at_times(self, x, t, w, generator=None):

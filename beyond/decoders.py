@@ -30,7 +30,7 @@ def decoder_log_prob(model, x, by="left", per_step=1):
     if not is_a3:
         return walk_blocks(model, x, by, per_step)
     has_order = by != "order" or isinstance(model, loa3.LoA3)
-    need(has_order, "by 'order': this model has not learned one")
+    need(has_order, "by 'order' is for LoMDM and LoA3: this model has not learned one")
     if by == "left":
         steps = a3.chunk_groups(*x.shape, per_step, x.device)
     elif by == "order":

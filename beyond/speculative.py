@@ -28,7 +28,7 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
     (B, L) with a draw from p(x | given), in fewer calls. drafts is k above. how: temperature,
     top_k and top_p of a3.probabilities(). Returns x and the number of calls."""
     model.check(x, groups)
-    B, L = x.shape
+    L = x.shape[1]
     k = min(drafts, L)
     ranks, order = a3.ranks(groups).sort(dim=1)  # order (B, L): what is read first, second, ..
     alone = (ranks.diff(dim=1) != 0).all()
@@ -38,45 +38,43 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
         return x.clone(), 0
 
     # In this order all is counted: rank r is the token that comes as number r. Texts that are
-    # done before others go on writing behind their end, where nobody reads.
+    # done before others go on writing behind their end, into a place L that is cut off.
     order = F.pad(order, (0, 2 * k), value=L)  # (B, L + 2 k)
     x = F.pad(x, (0, 1))  # (B, L + 1)
     j = torch.arange(k, device=x.device)
     cache = a3.Cache(model, x[:, :L])
-    q = refused = None
+
+    # The first call commits the start and what is given, and drafts from what the queries say.
+    given = given_tokens(model, x[:, :L], order[:, :L], done)
+    logits = ask(model, cache, x, order, *given, done, k)  # (B, 1, k, V)
+    q = probabilities(logits[:, 0], **how)  # (B, k, V)
+    drafted = draft(q, torch.zeros_like(q[:, :1]), generator)  # (B, k)
 
     for call in range(1, L + 1):
-        # Commit the start and what is given, then the drafts of the last round.
-        if call == 1:
-            tokens, slots, rank = given_tokens(model, x[:, :L], order[:, :L], done)
-            seen = done  # one number of tokens that queries may see
-        logits = ask(model, cache, x, order, tokens, slots, rank, seen, k)  # (B, n, k, V)
-
-        if call == 1:
-            accepted = torch.zeros_like(done)
-            q = logits.new_zeros(B, k, logits.shape[-1])
-        else:
-            # The first query of each family predicts the next draft, and has seen those
-            # before.
-            p = probabilities(logits[:, :-1, 0], **how)  # (B, k - 1, V)
-            accepted = accept(tokens[:, 1:], p, q[:, 1:], generator)  # (B, 1): 1 .. k
-            cache.ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
-            done = (done + accepted).clamp(max=L)
-
-        # What q said of the first refused draft: 0 if none was refused.
-        refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # (B, 1, V)
-
-        # Draft from the queries that saw just what is settled now.
-        family = (accepted - 1).clamp(min=0)[..., None, None]
-        q = probabilities(logits.take_along_dim(family, dim=1)[:, 0], **how)  # (B, k, V)
-        tokens = draft(q, refused, generator)  # (B, k)
-
-        rank = done + j
+        # Write the drafts. The first one always stands, so it may have been the last token.
+        rank = done + j  # (B, k)
         slots = order.gather(1, rank) + 1
-        x.scatter_(1, slots - 1, tokens)
-        if (done + 1 >= L).all():  # the first draft is always accepted, so this was the last
+        x.scatter_(1, slots - 1, drafted)
+        if (done + 1 >= L).all():
             return x[:, :L], call
-        seen = done + j + 1  # k numbers of tokens that may turn out to be settled
+
+        # Commit them, and ask what comes next for each number of drafts that may stand, 1 to
+        # k: k families of k queries. Family a has seen the first a drafts.
+        seen = done + j + 1
+        logits = ask(model, cache, x, order, drafted, slots, rank, seen, k)  # (B, k, k, V)
+
+        # The first query of family a predicts draft a + 1, and has seen the drafts before it.
+        p = probabilities(logits[:, :-1, 0], **how)  # (B, k - 1, V)
+        accepted = accept(drafted[:, 1:], p, q[:, 1:], generator)  # (B, 1): 1 .. k
+        cache.ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
+        done = (done + accepted).clamp(max=L)
+
+        # Draft from the family that saw just what is settled now. q of the first refused
+        # draft, 0 if none was refused, is what the next token must not be drawn from again.
+        q_refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # (B, 1, V)
+        family = (accepted - 1)[..., None, None]
+        q = probabilities(logits.take_along_dim(family, dim=1)[:, 0], **how)  # (B, k, V)
+        drafted = draft(q, q_refused, generator)
 
 
 def given_tokens(model, x, order, done):
@@ -119,9 +117,10 @@ def accept(drafts, p, q, generator):
     return 1 + stands.sum(1)
 
 
-def draft(q, refused, generator):
+def draft(q, q_refused, generator):
     """New tokens (B, k) from q (B, k, V). The first one replaces a draft that was refused, if
-    its distribution `refused` (B, 1, V) is not 0: it is drawn from max(0, q - refused)."""
-    first = (q[:, :1] - refused).clamp(min=0) + 1e-30 * q[:, :1]  # never all zero
+    its distribution q_refused (B, 1, V) is not 0: it is drawn from max(0, q - q_refused)."""
+    first = (q[:, :1] - q_refused).clamp(min=0)
+    first = first + 1e-30 * q[:, :1]  # to rounding both may be equal, and all of it 0
     p = torch.cat((first, q[:, 1:]), dim=1)
     return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(q.shape[:2])

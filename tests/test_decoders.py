@@ -163,5 +163,5 @@ def test_bad_calls():
 
 
 def test_a_plain_a3_has_no_order():
-    with pytest.raises(ValueError, match="order if one is learned"):
+    with pytest.raises(ValueError, match="this model has not learned one"):
         decoder_log_prob(make_a3(4), texts(4), "order")

@@ -449,7 +449,7 @@ def test_mistakes(runs, monkeypatch, argv, message):
         evidence.main(argv.split())
 
 
-@pytest.mark.parametrize("settings", [dict(data=3), dict(colour="red")])
+@pytest.mark.parametrize("settings", [dict(colour="red")])
 def test_settings_that_were_changed(runs, tmp_path, settings):
     ckpt = torch.load(runs / "mdm/ckpt.pt", weights_only=True)
     ckpt["settings"] |= settings

@@ -90,7 +90,7 @@ error: --batch_size must be below 1048576
 $ train --seed 99999999999999999999
 error: --seed must be below ..
 $ train --warmup_iters 900 --max_iters 800
-error: --warmup_iters exceeds 800 steps
+error: --max_iters 800 is less than the 900 steps of the warmup
 $ sample --seed -1
 error: --seed must be at least 0
 $ sample --temperature -1
@@ -130,7 +130,7 @@ error: --c2 is for --model lomdm or lomdm-by-time, not mdm
 $ train --weights exp --c2 0                            # a flag for other weights
 error: --c2 is for --weights normsig
 $ train --c2 0.9                                        # more than normsig can be
-error: c1 (0.7) must be above c2 (0.9)..
+error: --c2 must be below 0.7
 $ train --model loa3 --batch_size 1                     # a text has none to be compared with
 error: loa3 compares texts: --batch_size 2 at least
 $ train --model a3 --shares 1,1,1                       # more than all steps
