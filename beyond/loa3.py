@@ -2,10 +2,10 @@
 LoA3: a learned order on two streams, the union of both papers and in neither.
 
 A step of LoMDM scores one step of an order. The more decided the order, the fewer tokens that
-step teaches, as w_i / W is then near 1 for one position and near 0 for the others. A pass of A3 scores all steps of an order, but its orders are random. So
-draw an order from a learned distribution, and score all its steps on A3's two streams. The
-model draws an order by q_hat, then a text in that order. To train, the order is drawn by q,
-which has seen the text:
+step teaches, as w_i / W is then near 1 for one position and near 0 for the others. A pass of
+A3 scores all steps of an order, but its orders are random. So draw an order from a learned
+distribution, and score all its steps on A3's two streams. The model draws an order by q_hat,
+then a text in that order. To train, the order is drawn by q, which has seen the text:
 
     p(x) = sum_order  q_hat(order)  prod_k p(x_{order_k} | x_{order_<k})                        (1)
 
