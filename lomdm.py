@@ -554,6 +554,8 @@ class LoMDM(nn.Module):
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         L = z.shape[1]
         K = min(L, self.config.block_len)
+        if by == "order" and not self.config.learn_order:
+            by = "random"  # all weights are equal
         read = CachedReader(self, z) if cache and K < L else self.read
         x, revealed_at = z.clone(), torch.full_like(z, -1)
         call = 0
@@ -706,11 +708,10 @@ class CachedReader:
             h = self.run(i, block, h, rotary, mask)
         h = model.norm(h)
 
+        # The head of a learned order has a block of its own, and the last memory.
         w_hat = None
-        if by == "order" and model.config.learn_order:
+        if by == "order":
             w_hat = model.g_hat.weigh(self.run(-1, model.g_hat.block, h, rotary, mask))[:, -K:]
-        elif by == "order":
-            w_hat = model.g_hat(h, rotary, mask)[:, -K:]
 
         # An ARM reads the token before each position, so it has read finished tokens only.
         # Other models have just read a block with hidden tokens, and will read it again.
@@ -811,31 +812,39 @@ def nelbo_rate(log_probs, x, hidden, velocity, velocity_hat):
     return (A * token_nll * hidden).sum(-1), (order * hidden).sum(-1)
 
 
+def nelbo_terms_at(model, x, t, w, generator=None):
+    """(5) for texts x (B, L) at times t (B, 1), with weights w (B, L) and one z each. model:
+    any LoMDM. Returns recon and order (B,), and log q(z | x) (B,)."""
+    L = x.shape[1]
+    K = min(L, model.config.block_len)
+    tau = block_clocks(t, L, K)  # (B, L)
+    alpha, velocity = schedule(tau, w, speed=L // K)
+    alpha, velocity = alpha.expand(x.shape), velocity.expand(x.shape)
+    hidden = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
+
+    h, attention = model.features(x.masked_fill(hidden, model.mask_id))
+    _, velocity_hat = schedule(tau, model.g_hat(h, *attention), speed=L // K)
+    log_mu = F.log_softmax(model.logits(h), dim=-1)  # (B, L, V)
+    recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
+
+    # Each position is hidden on its own. A probability of 0 is never drawn, but its logarithm
+    # would be differentiated, hence clamp().
+    visible = alpha.clamp(1e-6, 1 - 1e-6)
+    log_q = torch.where(hidden, (1 - visible).log(), visible.log()).sum(-1)
+    return recon, order, log_q
+
+
+def nelbo_at(model, x, t, generator=None):
+    """The integrand of (5) for texts x (B, L) at times t (B, 1), one noisy text each: recon
+    and order (B,). The mean over uniform t is the papers' bound. model: any LoMDM."""
+    recon, order, _ = nelbo_terms_at(model, x, t, model.order_weights(x), generator)
+    return recon, order
+
+
 class ByTime(LoMDM):
     """LoMDM, trained as in the papers: the bound (5) at one random time for each text. It has
     the mean of LoMDM.loss() plus the cost of guessing the times, and is noisier.
     Checkpoints of the two classes fit each other."""
-
-    def at_times(self, x, t, w, generator=None):
-        """(5) for texts x (B, L) at times t (B, 1), with weights w (B, L) and one z each.
-        Returns recon and order (B,), and log q(z | x) (B,)."""
-        L = x.shape[1]
-        K = min(L, self.config.block_len)
-        tau = block_clocks(t, L, K)  # (B, L)
-        alpha, velocity = schedule(tau, w, speed=L // K)
-        alpha, velocity = alpha.expand(x.shape), velocity.expand(x.shape)
-        hidden = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
-
-        h, attention = self.features(x.masked_fill(hidden, self.mask_id))
-        _, velocity_hat = schedule(tau, self.g_hat(h, *attention), speed=L // K)
-        log_mu = F.log_softmax(self.logits(h), dim=-1)  # (B, L, V)
-        recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
-
-        # Each position is hidden on its own. A probability of 0 is never drawn, but its
-        # logarithm would be differentiated, hence clamp().
-        visible = alpha.clamp(1e-6, 1 - 1e-6)
-        log_q = torch.where(hidden, (1 - visible).log(), visible.log()).sum(-1)
-        return recon, order, log_q
 
     def loss(self, x, t=None):
         """As LoMDM.loss(), at times t (B, 1). By default these are spread evenly over the
@@ -849,7 +858,7 @@ class ByTime(LoMDM):
 
         text_weights = self.order_weights(x)  # (B, L)
         repeated = (each.repeat(draws, 1) for each in (x, t, text_weights))
-        recon, order, log_q = self.at_times(*repeated)  # (draws B,) each
+        recon, order, log_q = nelbo_terms_at(self, *repeated)  # (draws B,) each
 
         per_token = 1 / (draws * B * L)
         cost = recon + order
@@ -866,10 +875,3 @@ class ByTime(LoMDM):
             "w_spread": text_weights.std(correction=0) / text_weights.mean(),
         }
         return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def nelbo_at(model, x, t, generator=None):
-    """The integrand of (5) for texts x (B, L) at times t (B, 1), one noisy text each: recon
-    and order (B,). The mean over uniform t is the papers' bound. model: any LoMDM."""
-    recon, order, _ = ByTime.at_times(model, x, t, model.order_weights(x), generator)
-    return recon, order

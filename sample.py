@@ -8,6 +8,7 @@ Print samples from a checkpoint of train_char.py, and when each character was re
     python sample.py --html out.html --svg out.svg       a page that plays it, and a still
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,16 +127,19 @@ def write(model, s, x, length, end, generator):
     possible way. An ARM and an A3 have blocks of one: what is not asked for is not there."""
     L = model.config.seq_len
     K = getattr(model.config, "block_len", 1)
-    keep = L // 2 // K * K or L // 2
+    keep = L // 2 // K * K or L // 2  # tokens of a full window that the next one reads again
     revealed_at = torch.full_like(x, -1)
     calls = 0
 
     while True:
-        # The window: where it begins, and what it holds.
+        # The window begins where the text does, as long as that is in reach, and later `keep`
+        # tokens before the end of what is there. It reaches to its full length L or to the end
+        # of what is wanted, and then to the end of a block.
         n = x.shape[1]
-        begin = 0 if n < L or n == length else n - keep
+        begin = 0 if n < L or length <= L else n - keep
         wanted = min(L, length - begin)
-        z = x.new_full((len(x), -(-wanted // K) * K), model.mask_id)  # whole blocks
+        whole_blocks = math.ceil(wanted / K) * K
+        z = x.new_full((len(x), whole_blocks), model.mask_id)
         z[:, : n - begin] = x[:, begin:]
 
         # Fill it, and put it where it belongs.

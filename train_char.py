@@ -58,8 +58,9 @@ def make_model(name, config):
 
 
 def figures_of(model):
-    """What estimate_loss() measures of a model: {name: arguments of model.nelbo()}. The first
-    one decides which checkpoint is the best."""
+    """What estimate_loss() measures of a model, and how: {name: arguments of model.nelbo()}.
+    The name says whether the figure is -log p itself or a bound on it. The first figure
+    decides which checkpoint is the best."""
     exact = {
         "exact, random order": {"order": "random"},
         "exact, left to right": {"order": "left"},
@@ -131,8 +132,12 @@ ORDERS = "lomdm lomdm-by-time"
 
 @dataclass
 class Settings:
-    # All that a run depends on; every field is a flag. None: it follows the preset, the device
-    # or other flags. resume: it may change when a run goes on.
+    # All that a run depends on. Every field is also a flag of the command line, made by
+    # flag(default, help, choices). What is None follows the preset, the device or other flags.
+    #     least, below   the range of a number
+    #     only           the models that it is for
+    #     follows        named in --help as what the default depends on
+    #     resume         whether --resume may change it
     model: str = flag("lomdm", "what to train", TO_TRAIN)
     preset: str | None = flag(None, "small on CPU and MPS, base on CUDA", tuple(PRESETS))
     data: str | None = flag(None, "a name [shakespeare], a file or a folder", resume=True)
@@ -193,7 +198,7 @@ def settle(s, device, like=None):
             setattr(s, name, value)
 
     cli.check(s)
-    with cli.one_line(ValueError):
+    with cli.one_line(ValueError):  # curriculum() refuses wrong shares
         a3.curriculum(0, s.max_iters, s.shares, s.group_size)
     for name in SIZES:
         same = like is None or getattr(s, name) == getattr(like.config, name)
@@ -309,8 +314,8 @@ def loss_arguments(s, step, x):
 def train_step(s, step, model, loss_of, optimizer, text, device):
     """One step of training. Returns its metrics, {name: number on the device}, for to read a
     number the CPU would have to wait for the GPU."""
-    # The gradient of the mean loss over all micro-batches, of which this process has its
-    # share.
+    # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th of
+    # them. average_gradients() then divides the sum over processes by WORLD, hence WORLD / M.
     M = s.gradient_accumulation_steps
     each = []
     for m in range(RANK, M, WORLD):
@@ -463,35 +468,42 @@ def new_model(s, vocab_size):
         return make_model(s.model, config | {"vocab_size": vocab_size} | fixed)
 
 
-def begin(given):
-    """Settings, device, model and checkpoint (None for what is not there yet), the tokenizer
-    that --init_from asks for, and the lock of out_dir."""
+def go_on(given):
+    """The run that --resume names: its settings, with what may be changed and is given, its
+    checkpoint, its model, and the lock of its folder."""
     out = Path(given.get("out_dir", Settings.out_dir))
-    given = given | processes.join(given.get("device"))
-    s = Settings(**given)
-    ckpt = model = held = tokenizer = None
-    if s.resume:
-        held = checkpoint.only_run(out)  # first, as a run that is just ending still saves
-        ckpt, model = checkpoint.load(out / "last.pt", make_model)
-        s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+    lock = checkpoint.only_run(out)  # first, as a run that is just ending still saves
+    ckpt, model = checkpoint.load(out / "last.pt", make_model)
+    s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+    return s, ckpt, model, lock
 
+
+def follow_device(s):
+    """Fill in the device, and what follows it: the preset, and the preset's text."""
     device = cli.pick_device(s.device)
     s.device = str(device)
     s.preset = s.preset or ("base" if device.type == "cuda" else "small")
     s.data = s.data or PRESETS[s.preset]["data"]
     if s.text_len is None:
         s.text_len = data.TEXT_LEN.get(s.data)
-    if s.init_from and not ckpt:
-        cli.check(s)  # is it for this model?
-        model, tokenizer = pretrained(s)
-    settle(s, device, None if ckpt else model)
-    held = held or checkpoint.only_run(out)  # a lock, as long as this process lives
-    return s, device, ckpt, model, tokenizer, held
+    return device
 
 
 def main(argv=None):
     given = cli.parse(Settings, argv, __doc__, PRESETS)
-    s, device, ckpt, model, wanted, _lock = begin(given)
+    given = given | processes.join(given.get("device"))
+
+    # The settings. A run that goes on has a checkpoint and a model. A new one may have a
+    # pretrained model, with the tokenizer `wanted`.
+    s, ckpt, model, lock, wanted = Settings(**given), None, None, None, None
+    if s.resume:
+        s, ckpt, model, lock = go_on(given)
+    device = follow_device(s)
+    if s.init_from and not ckpt:
+        cli.check(s)  # is it for this model?
+        model, wanted = pretrained(s)
+    settle(s, device, None if ckpt else model)
+    lock = lock or checkpoint.only_run(Path(s.out_dir))  # held as long as this process lives
 
     # The text.
     with processes.first_only():

@@ -46,13 +46,16 @@ class Config(a3.Config):
 class Order(nn.Module):
     """q and q_hat: a mixture of three races.
 
-        log-weights   s_j = - sum_{i <= j} scale * log_weight_steps_i      by how much i is later
-        q_hat         draws the direction with fixed probabilities, from prior_logits
+        log-weights   s_j = - sum_{i <= j} step_i     each position comes later than the one before
+        q_hat         draws the direction with fixed probabilities, those of q_hat_logits
         q             draws it with probabilities to which each kind of token in x adds a vote
 
-    At first left to right has two chances of three, for q and q_hat, and each position weighs
-    e^6 times the next. Parameters are stored divided by `scale`, as the steps of Adam have the
-    size of the learning rate: with 40, a direction is decided in 50 to 100 steps."""
+    At first left to right has two chances of three, for q and q_hat, and each step is 6: a
+    position weighs e^6 times the next.
+
+    Every parameter is a logit or a step divided by `scale`. Adam moves a parameter by about the
+    learning rate, however large the gradient is, so without a scale a logit could not get from
+    0 to 10 in a short training. With 40, a direction is decided in 50 to 100 steps."""
 
     scale = 40.0
 
@@ -75,7 +78,8 @@ class Order(nn.Module):
 
     def log_q_way(self, x):
         """log q(way | x) (B, 3) for texts x (B, L). Each kind of token in a text has one vote,
-        however often it is there. The sum of n votes is divided by the root of n."""
+        however often it is there. The sum of n votes is divided by the root of n, so that long
+        texts are not surer just for having more of them."""
         there = x.new_zeros(len(x), len(self.token_logits)).scatter(1, x, 1)  # (B, V): 1 or 0
         votes = (there[..., None] * self.token_logits).sum(1)  # (B, 2)
         votes = votes / there.sum(1, keepdim=True).sqrt()
@@ -198,8 +202,8 @@ class LoA3(a3.A3):
             return super().sample(z, temperature, top_k, per_step, by, **how)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         groups = self.draw_groups(z, per_step, how.get("generator"))
-        x, rank = self.decode(z, groups, per_step, "left", temperature, top_k, **how)
-        return x, rank.clamp(min=-1)
+        x, revealed_at = self.decode(z, groups, per_step, "left", temperature, top_k, **how)
+        return x, revealed_at.clamp(min=-1)
 
     def draw_groups(self, z, per_step=1, generator=None):
         """Groups (B, L) of per_step tokens for the mask_id positions of z (B, L), in an order
@@ -207,12 +211,16 @@ class LoA3(a3.A3):
         numbers."""
         L = z.shape[1]
         log_way = self.order.log_q_hat_way().expand(len(z), 3)
-        rank = self.order.draw(log_way, L, generator).argsort(dim=1)
+        order = self.order.draw(log_way, L, generator)  # (B, L): what comes first, second, ..
+        place = order.argsort(dim=1)  # the place of each position in this order
 
+        # The given tokens come before the open ones, and otherwise the order stays.
         is_open = z == self.mask_id
-        rank = torch.where(is_open, rank + L, rank).argsort(dim=1).argsort(dim=1)  # given first
-        place = rank - (~is_open).sum(1, keepdim=True)  # 0, 1, .. for the open positions
-        return torch.where(is_open, place // per_step, rank - L)
+        order = torch.where(is_open, place + L, place).argsort(dim=1)
+        place = order.argsort(dim=1)
+
+        n_given = (~is_open).sum(1, keepdim=True)  # so open places count from n_given
+        return torch.where(is_open, (place - n_given) // per_step, place - L)
 
     def load_arm(self, state_dict):
         """As A3.load_arm(). The order stays as it is."""

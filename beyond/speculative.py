@@ -66,7 +66,7 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
         # The first query of family a predicts draft a + 1, and has seen the drafts before it.
         p = probabilities(logits[:, :-1, 0], **how)  # (B, k - 1, V)
         accepted = accept(drafted[:, 1:], p, q[:, 1:], generator)  # (B, 1): 1 .. k
-        cache.ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
+        cache.key_ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
         done = (done + accepted).clamp(max=L)
 
         # Draft from the family that saw just what is settled now. q of the first refused
