@@ -30,10 +30,10 @@ every position is computed twice, with the same weights. These are the two strea
 
 Nobody sees a query. Its last state gives p(x_i | ..) = softmax(W q_i).
 
-As in a GPT, the sequence begins with a start token, which all may see. It is in slot 0, and so
-the content of token i is in slot i + 1, while the query for token i stands in slot i, where a
-GPT predicts it. Take the text a b c d with the groups 1 0 2 0: first b and d at once, then a,
-then c. A row sees a column where there is a #:
+As in a GPT, the sequence begins with a start token, which all may see. It is in slot 0, and
+the content of token i in slot i + 1. The query for token i stands one slot before, in slot i,
+where a GPT predicts it. Take the text a b c d with the groups 1 0 2 0: first b and d at once,
+then a, then c. A row sees a column where there is a #:
 
     slot              0     1  2  3  4        slot              0     1  2  3  4
                     start   a  b  c  d                        start   a  b  c  d
@@ -44,9 +44,10 @@ then c. A row sees a column where there is a #:
              d        #        #     #
 
 The query for token i shares its slot with token i - 1. If it may see that token, it begins as
-its embedding, otherwise as one learned vector. Left to right each query is then exactly what a
-GPT computes in that slot, and so a trained GPT can be loaded as an A3 that predicts what it
-predicted. (In the paper all queries begin as the learned vector: left_neighbour=False.)
+its embedding, otherwise as one learned vector. Left to right each query then begins as a GPT's
+state in that slot does, and sees the same, so it computes the same. A trained GPT can be
+loaded as an A3 that predicts what it predicted. (In the paper all queries begin as the learned
+vector: left_neighbour=False.)
 
 The sections of this file:
 
@@ -115,8 +116,8 @@ def random_groups(B, L, size=1, generator=None, device=None):
 
 def ranks(groups):
     """When each token is read, (B, L): the number of its group, for a token that is predicted.
-    Given tokens come before, one by one, with the numbers -L, -L + 1, ..: in the order of
-    their groups, and from left to right where these are equal."""
+    Given tokens come before, one by one as a GPT reads a prompt, with the numbers -L, -L + 1,
+    ..: in the order of their groups, and from left to right where these are equal."""
     order = groups.argsort(dim=1, stable=True)
     place = order.argsort(dim=1)  # where each token is in this order: 0 .. L - 1, given first
     return torch.where(groups < 0, place - groups.shape[1], groups)
@@ -217,7 +218,7 @@ class A3(nn.Module):
 
     Texts x (B, L) and groups (B, L) are int64, L <= seq_len. Everything is in nats."""
 
-    Block = Block  # for those who build on this class
+    Block = Block  # beyond/llama.py has another
 
     def __init__(self, config):
         super().__init__()
@@ -263,8 +264,8 @@ class A3(nn.Module):
         return left if self.config.left_neighbour else torch.full_like(left, -1)
 
     def embed_slots(self, slots):
-        """The learned positions of slots (B, n): (B, n, C). The last slot, which a GPT never
-        reads, shares that of the slot before."""
+        """The learned positions of slots (B, n): (B, n, C). There are seq_len + 1 slots. A GPT
+        never reads the last one, so it has no row of its own and shares the one before."""
         return self.wpe(slots.clamp(max=self.config.seq_len - 1))
 
     def embed_content(self, tokens, slots):
@@ -399,8 +400,9 @@ class A3(nn.Module):
         is_open = z == self.mask_id
         groups = is_open.long() - 1  # given -1, open 0: one group, and `by` chooses from it
 
-        # From left to right it is known beforehand which positions come together. As groups of
-        # their own they are the only ones that decode() has to predict in a call.
+        # From left to right it is known beforehand which positions come together. They get
+        # groups of their own, so that decode() predicts only these in a call, and not all that
+        # are open.
         if by == "left":
             place = is_open.cumsum(dim=1) - 1  # 0, 1, .. for the open positions
             groups = torch.where(is_open, place // per_step, -1)
@@ -451,8 +453,9 @@ class A3(nn.Module):
 
     def read(self, x, revealed_at, at):
         """Logits (B, m, V) at positions `at` (B, m), from all tokens of x (B, L) that are
-        revealed. The open ones, with revealed_at = L, are one last group, which nobody sees."""
-        x = x.masked_fill(revealed_at == x.shape[1], 0)
+        revealed. The open ones, with revealed_at = L, are one last group, which nobody
+        sees."""
+        x = x.masked_fill(revealed_at == x.shape[1], 0)  # any token: nobody sees it
         return self.forward(x, revealed_at).take_along_dim(at[..., None], dim=1)
 
     def score(self, logits, at, by, generator):
@@ -536,8 +539,8 @@ def sorted_features(model, x, groups, single=None):
     and with one token a group both tables are exactly a GPT's causal mask. So no (B, L, L)
     table is made, and attention runs in its causal kernel. On a CPU that is no faster at 64
     tokens, and 1.2 times as fast at 1,024. The content of the last token, here c, is left out,
-    as nobody reads it. single says whether every group has one token. None finds out, for which a
-    GPU has to stop.
+    as nobody reads it. single says whether every group has one token. If it is None, that is
+    found out here, which makes the CPU wait for a GPU.
     """
     model.check(x, groups)
     L = x.shape[1]
@@ -588,8 +591,9 @@ class Cache:
         new = is_revealed & ~self.committed
         self.committed |= new
 
-        # What is new comes into memory, each token in the slot behind its position. Rows with
-        # fewer new tokens are padded with places of rank L, which nobody sees.
+        # What is new comes into memory, each token in the slot behind its position. Once it is
+        # revealed, its rank stays. Rows with fewer new tokens are padded with places of rank
+        # L. The queries see all ranks below L, so nobody sees these.
         place, real = pack(new)  # (B, n)
         tokens = x.gather(1, place).masked_fill(~real, 0)
         slots = place + 1
@@ -621,7 +625,7 @@ class Cache:
             u = block.norm1(h)
             k_v = torch.stack(block.keys_values(u[:, :n], (cos[:, :, :n], sin[:, :, :n])))
             k, v = self.remember(i, k_v)
-            if block is model.blocks[-1]:  # nobody reads the content after the last layer
+            if block is model.blocks[-1]:  # keep the queries: nobody reads the content any more
                 h, u, mask = h[:, n:], u[:, n:], mask[:, :, n:]
                 cos, sin = cos[:, :, n:], sin[:, :, n:]
             h = block.attend(h, block.queries(u, (cos, sin)), k, v, mask)
@@ -648,7 +652,7 @@ def nll(model, h, x):
     backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
-        # ignore_index: by default a token of -100 would cost nothing
+        # ignore_index: by default a wrong id of -100 would cost nothing in place of an error
         return F.cross_entropy(model.logits(h), x, reduction="none", ignore_index=-(2**63))
 
     chunks = zip(h.split(rows), x.split(rows), strict=True)
@@ -663,8 +667,8 @@ def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
     """Progressive adaptation: the stage and the size of groups at step 0, 1, .. of
     total_steps, which are cut into stages by shares. Later steps are as the last.
 
-        stage 1   one token a group, left to right. Queries that begin as one vector learn here
-                  what content knows; with left neighbours a loaded GPT knows it already
+        stage 1   one token a group, left to right. With left_neighbour=False the queries are
+                  new, and learn here to predict. Otherwise a loaded GPT can do it already
         stage 2   chunks of 1, then 2, then 4, a third of the stage each: several at a time
         stage 3   random partitions into groups of group_size: any order"""
     positive = total_steps >= 1 and group_size >= 1

@@ -53,9 +53,9 @@ class Order(nn.Module):
     At first left to right has two chances of three, for q and q_hat, and each step is 6: a
     position weighs e^6 times the next.
 
-    Every parameter is a logit or a step divided by `scale`. Adam moves a parameter by about the
-    learning rate, however large the gradient is, so without a scale a logit could not get from
-    0 to 10 in a short training. With 40, a direction is decided in 50 to 100 steps."""
+    Every parameter is a logit or a step divided by `scale`. Adam moves a parameter by about
+    the learning rate, however large the gradient is, so without a scale a logit could not get
+    from 0 to 10 in a short training. With 40, a direction is decided in 50 to 100 steps."""
 
     scale = 40.0
 
@@ -77,9 +77,9 @@ class Order(nn.Module):
         return F.pad(s, (0, 0, 0, 1))
 
     def log_q_way(self, x):
-        """log q(way | x) (B, 3) for texts x (B, L). Each kind of token in a text has one vote,
-        however often it is there. The sum of n votes is divided by the root of n, so that long
-        texts are not surer just for having more of them."""
+        """log q(way | x) (B, 3) for texts x (B, L). Each entry of the vocabulary that is in a
+        text has one vote, however often it is there. The sum of n votes is divided by the root
+        of n, so that long texts are not surer just for having more of them."""
         there = x.new_zeros(len(x), len(self.token_logits)).scatter(1, x, 1)  # (B, V): 1 or 0
         votes = (there[..., None] * self.token_logits).sum(1)  # (B, 2)
         votes = votes / there.sum(1, keepdim=True).sqrt()
@@ -102,7 +102,8 @@ class Order(nn.Module):
 
     def forward(self, order, log_way):
         """The log-probability (B, L) of each step of order (B, L), given the steps before, if
-        the way is drawn by log_way (B or 1, 3). The steps so far tell about the way."""
+        the way is drawn by log_way (B or 1, 3). It is the difference, from one k to the next,
+        of log sum_way p(way) p(first k steps | way)."""
         B, L = order.shape
         s = self.log_weights(L).expand(B, 3, L)
         s = s.gather(2, order[:, None].expand(B, 3, L))  # in the order of the steps
@@ -117,10 +118,11 @@ class Order(nn.Module):
 
 
 def race(s, generator=None):
-    """lomdm.race() for log-weights s (B, L), which may differ by more than exp() can hold: s
-    plus Gumbel noise is the largest at i with probability exp(s_i) / sum_j exp(s_j)."""
-    minus_noise = torch.empty_like(s).exponential_(generator=generator).log()
-    return (s - minus_noise).argsort(dim=1, descending=True)
+    """lomdm.race() for log-weights s (B, L), which may differ by more than exp() can hold. The
+    arrival times there are noise / w with noise ~ Exponential(1). Who is first has the largest
+    -log(noise / w) = s - log(noise)."""
+    log_noise = torch.empty_like(s).exponential_(generator=generator).log()
+    return (s - log_noise).argsort(dim=1, descending=True)
 
 
 class LoA3(a3.A3):
@@ -164,7 +166,8 @@ class LoA3(a3.A3):
 
         Autograd cannot see how q changes which order is drawn. So log q of step k is weighted
         by its text's costs from k on, as a choice answers for what comes after it, less the
-        mean of the same for the other texts (REINFORCE)."""
+        mean of the same for the other texts (REINFORCE). A number less the mean of the B - 1
+        others is B / (B - 1) times the number less the mean of all."""
         if groups is not None:
             return super().loss(x, groups, single)
         B = len(x)
@@ -191,8 +194,11 @@ class LoA3(a3.A3):
         if order != "learned":
             return super().nelbo(x, n_draws, order, size, generator)
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
-        total = sum(sum(self.order_terms(x, generator)) for _ in range(n_draws))
-        return total.sum(1) / n_draws
+        total = 0
+        for _ in range(n_draws):
+            token_nll, nll_hat, log_q = self.order_terms(x, generator)
+            total = total + (token_nll + nll_hat + log_q).sum(1)
+        return total / n_draws
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="order", **how):
         """As A3.sample(), and by "order", which q_hat draws. With nothing given and one
