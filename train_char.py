@@ -178,7 +178,7 @@ class Settings:
     eval_interval: int | None = flag(None, "steps between validations", least=1, resume=True)
     eval_windows: int = flag(2000, "to validate on, evenly spread", least=1)
     log_interval: int = flag(10, "steps between lines in log.jsonl", least=1, resume=True)
-    dtype: str | None = flag(None, "of matrices", ("float32", "bfloat16"), resume=True, follows="device")
+    dtype: str | None = flag(None, "", ("float32", "bfloat16"), resume=True, follows="device")
     compile: bool | None = flag(None, "torch.compile the loss", resume=True, follows="device")
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
