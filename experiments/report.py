@@ -6,7 +6,7 @@ Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs sa
     {{losses arm mdm}}          a table of the validation figures of these runs
     {{pairs a3-arm left:a-b}}   a table of differences, seed by seed; left: of these figures
     {{curves c.svg arm mdm}}    a picture of validation figures during training
-    {{rows NAME PATTERN}}       what a measurement printed: a row for each match, its groups as cells
+    {{rows NAME PATTERN}}       what a measurement printed: each match is a row of its groups
     {{nats arm left}}           one figure of a run, that has the word left
     {{find NAME PATTERN}}       the group of each match in what a measurement printed
 
