@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import a3
 import train_char
 from plumbing import cli
-from plumbing.cli import UserError, flag, need
+from plumbing.cli import flag, need
 
 MODELS = {  # its name in train_char.py; more of its Config; A3's groups and their size
     "arm": ("arm", {}, None),
@@ -48,28 +48,25 @@ class Settings:
     what: str = flag("train", "to measure", ("train", "count"))
     models: str = flag(",".join(MODELS), "with commas between")
     batch_size: int | None = flag(None, "texts, otherwise the preset's", least=2, below=2**20)
-    seq_len: int | None = flag(None, "otherwise the preset's", least=1, below=2**20)
-    n_layer: int | None = flag(None, "otherwise the preset's", least=1, below=2**10)
-    n_head: int | None = flag(None, "otherwise the preset's", least=1, below=2**10)
-    n_embd: int | None = flag(None, "otherwise the preset's", least=1, below=2**16)
-    vocab_size: int | None = flag(None, "65, and 50257 for gpt2", least=1, below=2**24)
     dtype: str | None = flag(None, "bfloat16 on CUDA", ("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the loss")
     repeats: int = flag(9, "how often each is timed", least=1, below=2**20)
     threads: int = flag(torch.get_num_threads(), "of the CPU", least=1, below=2**10)
 
 
+def sizes_of(s):
+    preset = train_char.PRESETS[s.preset]
+    vocab_size = 50257 if s.preset == "gpt2" else 65
+    return {"vocab_size": vocab_size} | {size: preset[size] for size in train_char.SIZES}
+
+
 def make(name, s, device):
     """A model, and its loss as a function of x (B, L)."""
     kind, more, partition = MODELS[name]
     _, _, fixed = train_char.MODELS[kind]
-    sizes = {size: getattr(s, size) for size in ("vocab_size", *train_char.SIZES)}
     torch.manual_seed(0)
-    try:
-        with torch.device(device):
-            model = train_char.make_model(kind, sizes | fixed | more)
-    except ValueError as e:
-        raise UserError(f"{name}: {e}; --models can leave it out") from None
+    with torch.device(device):
+        model = train_char.make_model(kind, sizes_of(s) | fixed | more)
     compiled = s.compile and s.what == "train"
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
 
@@ -85,13 +82,18 @@ def make(name, s, device):
     return model, loss
 
 
+def texts(s, device):
+    size = sizes_of(s)
+    return torch.randint(size["vocab_size"], (s.batch_size, size["seq_len"]), device=device)
+
+
 # ---- time ----------------------------------------------------------------------------------------
 def make_step(name, s):
     """A function that makes one training step, forward, backward and AdamW, and returns the seconds
     that it took."""
     model, loss = make(name, s, s.device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    x = torch.randint(s.vocab_size, (s.batch_size, s.seq_len), device=s.device)
+    x = texts(s, s.device)
 
     def step():
         began = time.perf_counter()
@@ -134,7 +136,7 @@ def train(names, s):
         m = statistics.median(t)
         spread = f"({min(t) * 1e3:.0f}-{max(t) * 1e3:.0f})"
         peak = f"{needed[name] / 2**20:9,.0f}" if needed[name] else ""
-        speed = s.batch_size * s.seq_len / m
+        speed = texts(s, "meta").numel() / m
         print(f"{name:22}{m * 1e3:11.1f}{spread:>16}{speed:9,.0f}{m / arm:7.2f}{peak}")
 
 
@@ -150,7 +152,7 @@ def operations(name, s):
     }
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model, loss = make(name, s, "cpu")
-        x = torch.randint(s.vocab_size, (s.batch_size, s.seq_len))
+        x = texts(s, "cpu")
         loss(x).backward()
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / x.numel()
 
@@ -177,10 +179,8 @@ def parse(argv):
     s.device = str(device)
     s.preset = s.preset or ("base" if cuda else "small")
 
-    known = dict(train_char.PRESETS[s.preset], dtype="bfloat16" if cuda else "float32")
-    known["vocab_size"] = 50257 if s.preset == "gpt2" else 65
-    for name, value in vars(s).items():
-        setattr(s, name, known[name] if value is None else value)
+    s.batch_size = s.batch_size or train_char.PRESETS[s.preset]["batch_size"]
+    s.dtype = s.dtype or ("bfloat16" if cuda else "float32")
 
     names = s.models.split(",")
     unknown = [name for name in names if name not in MODELS]
@@ -190,14 +190,9 @@ def parse(argv):
 
 def main(argv=None):
     s, names = parse(argv)
-    for name in names:  # does it fit these sizes? On this device it takes no memory
-        make(name, s, "meta")
     torch.set_num_threads(s.threads)
-    print(
-        f"{s.n_layer} layers, {s.n_embd} wide, {s.seq_len} context, {s.vocab_size} tokens, batch "
-        f"{s.batch_size}, {s.dtype}, {s.device}, {s.threads} threads, torch {torch.__version__}; "
-        f"medians of {s.repeats}"
-    )
+    size = ", ".join(f"{name} {value}" for name, value in sizes_of(s).items())
+    print(f"{size}, batch_size {s.batch_size}, {s.dtype}, {s.device}, {s.threads} threads of the CPU")
     {"train": train, "count": count}[s.what](names, s)
 
 

@@ -29,7 +29,7 @@ import lomdm
 from beyond import loa3
 from beyond.decoders import decoder_log_prob
 from experiments import charts, films
-from experiments.runs import Run, mean_error, shown
+from experiments.runs import Run, mean_error, order_log_weights, shown
 from plumbing import cli, pictures
 from plumbing.cli import need
 from sample import RULES
@@ -68,36 +68,20 @@ def draw_terms(model, x, k, g, gap=None):
     return recon, order
 
 
-def order_term(model, x, g):
-    """What the order costs of the jump bound: (B,) nats."""
-    B, L = x.shape
-    K = model.config.block_len
-    k = lomdm.stratified_counts(B, L // K, K, g, x.device)
-    _, order = draw_terms(model, x, k, g)
-    return order.sum(-1)
-
-
 def bounds(runs, a):
     """Both bounds with the same draws, four for each window; and what one run has less than the
     next, window by window."""
     found = []
     for run in runs:
         run.need_lomdm()
-        m = run.model
-        L = run.val.shape[1]
         jump, paper = (
-            run.over_windows(lambda x, g, m=m, bound=bound: m.nelbo(x, 4, bound, g)) / L
+            run.over_windows(lambda m, x, g, bound: m.nelbo(x, 4, bound, g), bound)
+            / run.val.shape[1]
             for bound in ("jump", "paper")
         )
         found.append((run, jump))
-        line = f"{run.name:16} jump {shown(jump)}, paper - jump "
-        line += shown(paper - jump, "{:.5f} ± {:.5f}")
-        if run.has_order:
-            w = run.over_windows(lambda x, _, m=m: m.order_weights(x))
-            order = run.over_windows(lambda x, g, m=m: order_term(m, x, g)) / L
-            line += f", order term {order.mean():.4f}, "
-            line += f"w {w.min():.2f}..{w.max():.2f}, spread {w.std() / w.mean():.3f}"
-        print(line)
+        more = shown(paper - jump, "{:.5f} ± {:.5f}")
+        print(f"{run.name:16} jump {shown(jump)}, paper - jump {more}")
 
     for (one, nats), (other, less) in itertools.combinations(found, 2):
         what = "not on the same windows, no difference"
@@ -121,15 +105,11 @@ def fraction(runs, a):
     """Nats per token at the next position to be revealed, by the share that is revealed already."""
     series = {}
     for run in runs:
-        m = run.model
         L = run.val.shape[1]
         whole = run.block_len == L
         need(whole, f"{run.name}: fraction is for one block, --model mdm or lomdm, or a3")
-        points = []
-        for share in range(10):
-            k = share * L // 10
-            costs = run.over_windows(lambda x, g, m=m, k=k: next_cost(m, x, g, k))
-            points.append(point(share / 10, costs))
+        costs = [run.over_windows(next_cost, share * L // 10) for share in range(10)]
+        points = [point(i / 10, cost) for i, cost in enumerate(costs)]
         series[run.name] = points
         print(run.name, " ".join(f"{x:.1f}: {y:.3f} ± {e:.3f}" for x, y, e in points))
     draw(a, series, "share already revealed", "nats at the next position")
@@ -170,25 +150,22 @@ def infill(runs, a):
         for by in ("left", "random", "before") if run.is_a3 else ("",):
             kind = "bound" if not run.is_a3 and run.block_len > 1 else "exact"
             kind = "mean over orders" if by == "random" else kind
-            nats = run.over_windows(
-                lambda x, g, run=run, gap=gap, by=by: gap_cost(run.model, x, g, gap, by)
-            )
+            nats = run.over_windows(gap_cost, gap, by) / n
             name = os.path.basename(run.name)
-            print(f"{name:14} {by:7} {shown(nats / n)} nats per token in gaps of {n} ({kind})")
+            print(f"{name:14} {by:7} {shown(nats)} nats per token in gaps of {n} ({kind})")
 
 
 def decoders(runs, a):
     """What a decoder that goes by a rule really gives to the validation text: exact nats per token,
     one token a call; and how far that is from the bound, on the same windows."""
     for run in runs:
-        m = run.model
         L = run.val.shape[1]
-        bound = run.over_windows(lambda x, g, m=m: m.nelbo(x, 32, generator=g)) / L
+        bound = run.over_windows(lambda m, x, g: m.nelbo(x, 32, generator=g)) / L
         print(f"{run.name:20} bound       {shown(bound)}")
         for by in RULES:
             if by == "random" or (by == "order" and not run.has_order):
                 continue  # takes other steps each time
-            nats = run.over_windows(lambda x, _, m=m, by=by: -decoder_log_prob(m, x, by)) / L
+            nats = run.over_windows(lambda m, x, _, by: -decoder_log_prob(m, x, by), by) / L
             more = shown(nats - bound, "{:+.4f} ± {:.4f}")
             print(f"{'':20} {by:11} {shown(nats)}, {more}", flush=True)
 
@@ -289,11 +266,11 @@ CLASSES = {
 }
 
 
-def share_after(run, x, g):
-    """How much of its block comes after each position, mean of 16 races: (B, L)."""
-    s = run.order_log_weights(x).view(-1, run.block_len)
+def share_after(model, x, g, K):
+    """How much of its block of K comes after each position, mean of 16 races: (B, L)."""
+    s = order_log_weights(model, x).view(-1, K)
     arrival = sum(loa3.race(s, g).argsort(1) for _ in range(16)) / 16  # (B * n, K)
-    return 1 - arrival.view_as(x) / max(1, run.block_len - 1)
+    return 1 - arrival.view_as(x) / max(1, K - 1)
 
 
 def order(runs, a):
@@ -302,7 +279,7 @@ def order(runs, a):
     series = {}
     for run in runs:
         run.need_order()
-        after = run.over_windows(lambda x, g, run=run: share_after(run, x, g))
+        after = run.over_windows(share_after, run.block_len)
         first = [text[:1] for text in run.tokenizer.pieces(range(run.tokenizer.size))]
         points = {}
         for i, (name, belongs) in enumerate(CLASSES.items()):
@@ -324,7 +301,7 @@ def passage(runs, a):
         run.need_order()
         x = run.val[len(run.val) // 2 :][:8]
         with torch.no_grad():
-            w = run.order_log_weights(x).view(-1, run.block_len)
+            w = order_log_weights(run.model, x).view(-1, run.block_len)
         rank = w.argsort(1, descending=True).argsort(1)  # 0: the largest weight of its block
         passages += pictures.pieces(run.tokenizer, x.view(1, -1), rank.view(1, -1))
         print(run.name)

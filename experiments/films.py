@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from experiments.runs import shown
+from experiments.runs import order_log_weights, shown
 from plumbing import pictures
 from plumbing.cli import need
 from plumbing.data import TEXT_LEN
@@ -25,7 +25,7 @@ def rows(runs, a):
     for run in runs:
         run.need_order()
         need_films(run)
-        s = run.over_windows(lambda x, _, run=run: run.order_log_weights(x))  # (N, L)
+        s = run.over_windows(order_log_weights)  # (N, L)
         s = (s - s.mean(1, keepdim=True)).unflatten(1, (ROWS, -1))[..., :-1]  # no line ends
         first = "".join(run.tokenizer.pieces(run.val[:, 0].tolist()))
 

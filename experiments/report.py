@@ -9,6 +9,7 @@ Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs sa
     {{rows NAME PATTERN}}       what a measurement printed: each match is a row of its groups
     {{nats arm left}}           one figure of a run, that has the word left
     {{find NAME PATTERN}}       the group of each match in what a measurement printed
+    {{log NAME NAME}}           where measurements were made, and links to what they printed
 
 The word x68 multiplies: a text of 68 tokens. In a pattern a space is any white space, and NUM a
 number with its error. A run is named without its seed: a figure is a mean over the seeds that have
@@ -18,6 +19,7 @@ been run, ± its standard error. A section in which something has not been made 
 import math
 import re
 import statistics
+import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
@@ -125,20 +127,26 @@ def multiplied(words):
 
 
 def made(names):
-    """A line about these runs: their names, how large, where and how they were made."""
-    how = defaultdict(list)
+    """A line about these runs: how large they are, where they were made, and their names."""
+    sizes = {}  # a set that keeps its order
+    where = defaultdict(list)
     for item in (item for name in names for item in done_runs(name)):
         header, _ = table.read_log(item)
         s = header["settings"]
-        size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
         compiled = ", compiled" if s["compile"] else ""
-        mark = OLD if table.is_old(item) else ""
-        how[f"{size}, {s['dtype']}{compiled}; made on {header['hardware']}{mark}"].append(item.name)
+        size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
+        sizes[f"{size}, {s['dtype']}{compiled}"] = True
+        where[machine_of(item)].append(item.name)
 
-    # Where not all were made alike, say which were not made as most of them.
-    usual = max(how, key=lambda words: len(how[words]), default=NOT_YET)
-    others = [f"{words}: {', '.join(runs)}" for words, runs in how.items() if words != usual]
-    return f"*{'. '.join([usual, *others])}. Logs: {', '.join(names)}.*"
+    usual = max(where, key=lambda machine: len(where[machine]))
+    others = [f", {', '.join(where[m])} on {m}" for m in where if m != usual]
+    made_on = f"Made on {usual}{''.join(others)}"
+    return f"*{'; '.join(sizes)}. {made_on}. Logs: {', '.join(names)}.*"
+
+
+def machine_of(item):
+    header, _ = table.read_log(item)
+    return header["hardware"] + (OLD if table.is_old(item) else "")
 
 
 # ---- the words -----------------------------------------------------------------------------------
@@ -166,17 +174,21 @@ def seconds(name):
 
 def pairs(*names):
     names, times, unit = multiplied(names)
+    used = {}  # a set that keeps its order
     out = head("", f"{unit} ± seeds", "seeds", "what they are")
     for pair in names:
         word, _, pair = pair.rpartition(":")
-        (one, a), (other, b) = (figure(name, word) for name in pair.split("-"))
+        one, other = pair.split("-")
+        kind, a = figure(one, word)
+        other_kind, b = figure(other, word)
         less = [times * (a[seed] - b[seed]) for seed in sorted(a.keys() & b.keys())]
         if not less:
             return NOT_YET
-        kind = f"{one} − {other}" if one != other else one
-        both = " − ".join(map(label, pair.split("-")))
-        out.append(row(both, shown(less, "+"), len(less), kind))
-    return "\n".join(out)
+
+        kinds = kind if kind == other_kind else f"{kind} − {other_kind}"
+        out.append(row(f"{label(one)} − {label(other)}", shown(less, "+"), len(less), kinds))
+        used |= {one: True, other: True}
+    return "\n".join([*out, "", made(used)])
 
 
 def nats(name, *words):
@@ -203,43 +215,51 @@ def curves(picture, *names):
     return f"![{what}](pictures/{picture})"
 
 
-def matches(name, pattern):
-    """The item of this name, and all matches in what it has printed, None if it is not done."""
+def measurement(name):
     found = [item for item in table.items() if item.name == name]
     need(found, f"page.md: table.py has no measurement of the name {name}")
-    header, text = table.read_log(found[0])
+    return found[0]
+
+
+def matches(name, pattern):
+    """All matches in what this measurement has printed, [] if it has not been made."""
+    header, text = table.read_log(measurement(name))
     if not header:
-        return found[0], None
+        return []
 
     number = r"([-+]?\d[\d.,]*\d(?: ± [\d.]+)?)"
     pattern = pattern.replace("NUM", number).replace(" ", r"\s+")
-    every = list(re.finditer(pattern, text, re.M))
-    need(every, f"page.md: what {name} printed has no {pattern}")
-    return found[0], every
+    found = list(re.finditer(pattern, text, re.M))
+    need(found, f"page.md: what {name} printed has no {pattern}")
+    return found
 
 
 def rows(name, *pattern):
-    item, every = matches(name, " ".join(pattern))
-    if every is None:
-        return NOT_YET
     out = []
-    for match in every:
+    for match in matches(name, " ".join(pattern)):
         first, *more = (group or "" for group in match.groups())
         out.append(row(label(first), *more))
-
-    header, _ = table.read_log(item)
-    mark = OLD if table.is_old(item) else ""
-    log = f"[{item.log.name}](logs/{item.log.name})"
-    return "\n".join([*out, "", f"*Made on {header['hardware']}{mark}. All of it: {log}.*"])
+    return "\n".join([*out, "", log(name)]) if out else NOT_YET
 
 
 def find(name, *pattern):
-    _, every = matches(name, " ".join(pattern))
-    return NOT_YET if every is None else ", ".join(match[1] for match in every)
+    found = matches(name, " ".join(pattern))
+    return ", ".join(match[1] for match in found) or NOT_YET
+
+
+def log(*names):
+    """Where measurements were made, and a link to all that they printed."""
+    where = defaultdict(list)
+    for item in map(measurement, names):
+        if not table.is_done(item):
+            return NOT_YET
+        where[machine_of(item)].append(f"[{item.log.name}](logs/{item.log.name})")
+    made_on = [f"{', '.join(links)}: made on {machine}." for machine, links in where.items()]
+    return f"*{' '.join(made_on)}*"
 
 
 # ---- the page ------------------------------------------------------------------------------------
-WORDS = {word.__name__: word for word in (losses, pairs, nats, curves, rows, find)}
+WORDS = {word.__name__: word for word in (losses, pairs, nats, curves, rows, find, log)}
 
 
 def fill(match):
@@ -248,15 +268,21 @@ def fill(match):
     return WORDS[word](*more)
 
 
+def wrapped(paragraph):
+    prose = not paragraph.startswith(("|", "#", "!"))
+    return textwrap.fill(paragraph, 99, break_on_hyphens=False) if prose else paragraph
+
+
 def page():
     """RESULTS.md, as it should be. A section in which something is missing is left out, and named
     at the end. Draws its pictures."""
     text = re.sub(r"\{\{(.+?)\}\}", fill, (HERE / "page.md").read_text("utf-8"), flags=re.S)
+    text = "\n\n".join(map(wrapped, text.strip().split("\n\n"))) + "\n"
     sections = re.split(r"^(?=#+ )", text, flags=re.M)
     missing = [part.partition("\n")[0].lstrip("# ") for part in sections if NOT_YET in part]
     if missing:
-        names = "; ".join(f"*{name}*" for name in missing)
-        sections.append(f"---\n\nNot made yet: {names}.\n")
+        sections[-1] += "\n"
+        sections.append(f"---\n\nNot made yet: {'; '.join(missing)}.\n")
     return "".join(part for part in sections if NOT_YET not in part)
 
 

@@ -59,18 +59,19 @@ class Run:
     def need_order(self):
         need(self.has_order, f"{self.name} holds a model without a learned order")
 
-    def order_log_weights(self, x):
-        """Of the learned order of x (B, L): (B, L), large is early."""
-        if self.is_a3:
-            return self.model.order_log_weights(x)
-        return self.model.order_weights(x).log()
-
     @torch.no_grad()
-    def over_windows(self, f):
-        """f(x (B, L), generator) -> (B, ..) for all windows: (N, ..)."""
-        generator = torch.Generator(self.val.device).manual_seed(2)
-        rows = max(1, 2**14 // self.val.shape[1])  # 16k tokens a pass
-        return torch.cat([f(x, generator).cpu().double() for x in self.val.split(rows)])
+    def over_windows(self, f, *more):
+        """f(model, x (B, L), generator, *more) -> (B, ..) for all windows: (N, ..)."""
+        g = torch.Generator(self.val.device).manual_seed(2)
+        some = self.val.split(max(1, 2**14 // self.val.shape[1]))  # 16k tokens a pass
+        return torch.cat([f(self.model, x, g, *more).cpu().double() for x in some])
+
+
+def order_log_weights(model, x, *_):
+    """Of the learned order of x (B, L): (B, L), large is early."""
+    if isinstance(model, a3.A3):
+        return model.order_log_weights(x)
+    return model.order_weights(x).log()
 
 
 def mean_error(v):
