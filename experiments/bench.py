@@ -192,7 +192,7 @@ def main(argv=None):
     s, names = parse(argv)
     torch.set_num_threads(s.threads)
     size = ", ".join(f"{name} {value}" for name, value in sizes_of(s).items())
-    print(f"{size}, batch_size {s.batch_size}, {s.dtype}, {s.device}, {s.threads} threads of the CPU")
+    print(f"{size}, batch_size {s.batch_size}, {s.dtype}, {s.device}, {s.threads} threads")
     {"train": train, "count": count}[s.what](names, s)
 
 
