@@ -18,22 +18,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import a3
 import train_char
 from plumbing import cli
 from plumbing.cli import flag, need
 
-MODELS = {  # its name in train_char.py; more of its Config; A3's groups and their size
-    "arm": ("arm", {}, None),
-    "mdm": ("mdm", {}, None),
-    "block 4": ("block", {"block_len": 4}, None),
-    "block 16": ("block", {"block_len": 16}, None),
-    "lomdm": ("lomdm", {}, None),
-    "lomdm in blocks of 16": ("lomdm", {"block_len": 16}, None),
-    "a3 left to right": ("a3", {}, (a3.chunk_groups, 1)),
-    "a3 random order": ("a3", {}, (a3.random_groups, 1)),
-    "a3 groups of 4": ("a3", {}, (a3.random_groups, 4)),
-    "loa3": ("loa3", {}, None),
+MODELS = {  # its name in train_char.py, and more of its Config
+    "arm": ("arm", {}),
+    "mdm": ("mdm", {}),
+    "block 4": ("block", {"block_len": 4}),
+    "block 16": ("block", {"block_len": 16}),
+    "lomdm": ("lomdm", {}),
+    "lomdm in blocks of 16": ("lomdm", {"block_len": 16}),
+    "a3": ("a3", {}),
+    "loa3": ("loa3", {}),
 }
 PEAK = 989e12  # FLOP/s of an H100 in dense bfloat16, by NVIDIA
 SHARE = 0.4  # of the peak that a well-tuned training run reaches; an assumption
@@ -61,8 +58,8 @@ def sizes_of(s):
 
 
 def make(name, s, device):
-    """A model, and its loss as a function of x (B, L)."""
-    kind, more, partition = MODELS[name]
+    """A model, and its loss as a function of texts."""
+    kind, more = MODELS[name]
     _, _, fixed = train_char.MODELS[kind]
     torch.manual_seed(0)
     with torch.device(device):
@@ -71,12 +68,8 @@ def make(name, s, device):
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
 
     def loss(x):
-        inputs = ()
-        if partition:
-            groups_of, size = partition
-            inputs = groups_of(*x.shape, size, device=x.device), size == 1
         with torch.autocast(x.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-            value, _ = loss_of(x, *inputs)
+            value, _ = loss_of(x)
         return value
 
     return model, loss

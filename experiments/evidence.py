@@ -97,6 +97,7 @@ def next_cost(model, x, g, k):
     if isinstance(model, a3.A3):
         groups = a3.random_groups(*x.shape, 1, g, x.device)
         return -(model.log_prob(x, groups) * (groups == k)).sum(1)
+
     recon, order = draw_terms(model, x, torch.full_like(x[:, :1], k), g)
     return (recon + order)[:, 0] / x.shape[1]
 
@@ -108,6 +109,7 @@ def fraction(runs, a):
         L = run.val.shape[1]
         whole = run.block_len == L
         need(whole, f"{run.name}: fraction is for one block, --model mdm or lomdm, or a3")
+
         costs = [run.over_windows(next_cost, share * L // 10) for share in range(10)]
         points = [point(i / 10, cost) for i, cost in enumerate(costs)]
         series[run.name] = points
@@ -147,6 +149,7 @@ def infill(runs, a):
         at = torch.arange(L, device=a.device)
         gap = (at >= 3 * L // 8) & (at < 5 * L // 8)
         n = gap.sum().item()
+
         for by in ("left", "random", "before") if run.is_a3 else ("",):
             kind = "bound" if not run.is_a3 and run.block_len > 1 else "exact"
             kind = "mean over orders" if by == "random" else kind
@@ -162,6 +165,7 @@ def decoders(runs, a):
         L = run.val.shape[1]
         bound = run.over_windows(lambda m, x, g: m.nelbo(x, 32, generator=g)) / L
         print(f"{run.name:20} bound       {shown(bound)}")
+
         for by in RULES:
             if by == "random" or (by == "order" and not run.has_order):
                 continue  # takes other steps each time
@@ -180,6 +184,7 @@ def variance(runs, a):
         for how, cls in (("orders", lomdm.LoMDM), ("times", lomdm.ByTime)):
             model = cls(run.model.config).to(a.device).eval()
             model.load_state_dict(run.model.state_dict())
+
             loss, noise = noise_of(model, x, a.draws)
             print(
                 f"{run.name:16} {how:7} loss {statistics.mean(loss):.4f}, standard deviation "
@@ -245,6 +250,7 @@ def samples(runs, a):
         z = torch.full((a.samples, L), m.mask_id, device=a.device)
         orders = {"learned": "order"} if run.has_order else {}
         orders["uniform"] = "random"
+
         for how, n in [("(text)", 0), *itertools.product(orders, (1, 2, 4, 8, 16))]:
             g = torch.Generator(a.device).manual_seed(3)
             x = run.val[:: max(1, N // a.samples)][: a.samples]  # real text
@@ -281,6 +287,7 @@ def order(runs, a):
         run.need_order()
         after = run.over_windows(share_after, run.block_len)
         first = [text[:1] for text in run.tokenizer.pieces(range(run.tokenizer.size))]
+
         points = {}
         for i, (name, belongs) in enumerate(CLASSES.items()):
             member = torch.tensor([c != "" and belongs(c) for c in first])[run.val.cpu()]  # (N, L)
@@ -302,6 +309,7 @@ def passage(runs, a):
         x = run.val[len(run.val) // 2 :][:8]
         with torch.no_grad():
             w = order_log_weights(run.model, x).view(-1, run.block_len)
+
         rank = w.argsort(1, descending=True).argsort(1)  # 0: the largest weight of its block
         passages += pictures.pieces(run.tokenizer, x.view(1, -1), rank.view(1, -1))
         print(run.name)

@@ -19,9 +19,9 @@ def need_films(run):
 
 
 def rows(runs, a):
-    """--data automaton and automaton-both: mean log-weight by row of the film, in order of time,
-    less that of the film, for each of the directions that it may be written in; and Kendall's tau
-    between the order and time: 1 if every row is revealed before what follows from it."""
+    """--data automaton and automaton-both: the mean log-weight of each row of the films, in order
+    of time, less that of the film, for each direction that films may be written in. And Kendall's
+    tau between the order and time: 1 if every row is revealed before what follows from it."""
     for run in runs:
         run.need_order()
         need_films(run)
@@ -47,8 +47,8 @@ def kendall(film):
 
 
 def films(runs, a):
-    """--data automaton and automaton-both: how many of the films that it draws follow the rule, and
-    the first one, each cell's turn below it, from 0 to 9."""
+    """--data automaton and automaton-both: how many of the films that a run draws follow the rule,
+    and the first one, each cell's turn below it, from 0 to 9."""
     for run in runs:
         need_films(run)
         z = torch.full((a.samples, run.val.shape[1]), run.model.mask_id, device=a.device)

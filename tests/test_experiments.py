@@ -346,11 +346,3 @@ def test_mistakes(at_runs, argv, message):
 def test_mistakes_of_bench_and_speed(at_runs, main, argv, message):
     with pytest.raises(UserError, match=message):
         main(argv.split())
-
-
-def test_a_flag_belongs_to_its_command(capsys):
-    for argv in ("bounds mdm --judge arm", "bounds", "times mdm"):
-        with pytest.raises(SystemExit) as e:
-            evidence.main(argv.split())
-        assert e.value.code == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
