@@ -333,7 +333,8 @@ def strips(runs, a):
 
         block = torch.arange(len(w), device=a.device)[:, None]
         when = lomdm.race(w, generator).argsort(-1) + block * run.block_len  # (n, K)
-        written = list(zip(run.tokenizer.pieces(x[0].tolist()), when.flatten(), strict=True))
+        pieces = run.tokenizer.pieces(x[0].tolist())
+        written = list(zip(pieces, when.flatten().tolist(), strict=True))
         name = os.path.basename(run.name)
         for k in (3 * L // 8, 5 * L // 8):
             print(f"{name:14}" + "".join(c if at < k else "·" * len(c) for c, at in written))
