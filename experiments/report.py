@@ -161,8 +161,11 @@ def losses(*names):
         size += ", twice" if s["model"].startswith("lomdm") else ""
         for kind, found in best(name).items():
             values = [times * value for value, _ in found.values()]
-            cells = label(name), size, seconds(name), shown(values), len(values), kind
-            out.append(row(*cells))
+            cost = shown(values)
+            if len(values) == 1:
+                ((_, error),) = found.values()
+                cost += f" (± {times * error:.4f} over windows)"
+            out.append(row(label(name), size, seconds(name), cost, len(values), kind))
     return "\n".join([*out, "", made(names)])
 
 

@@ -173,6 +173,8 @@ def test_figures(logs):
     assert lines[2] == "| ARM | 20 x 4 | 10 | 4.6000 ± 0.3464 | 3 | exact |"
     assert lines[3] == "| MDM | 20 x 4, twice | 10 | 4.4000 ± 0.3464 | 3 | bound |"
     assert lines[4].endswith("| exact, left |") and lines[5] == "" and len(lines) == 7
+    one = "| ARM | 20 x 4 | 10 | 18.0000 (± 0.2000 over windows) | 1 | exact |"
+    assert report.losses("arm_time", "x2").splitlines()[2] == one
     size = "1 layers, 2 wide, 3 tokens of context, float32"
     assert lines[6] == f"*{size}. Made on a machine. Logs: arm, mdm.*"
 
