@@ -29,7 +29,7 @@ from plumbing import checkpoint, cli
 from plumbing.cli import need
 
 HERE = Path("experiments")
-NOT_YET = "(not there yet)"
+NOT_YET = "NOT_MADE_YET"  # one word, which no line break divides
 OLD = " †"  # after what was made by other code than today's
 LABELS = {
     "arm": "ARM",
