@@ -497,22 +497,28 @@ def follow_device(s):
     return device
 
 
-def main(argv=None):
-    given = cli.parse(Settings, argv, __doc__, PRESETS)
-    given = given | processes.join(given.get("device"))
-
-    # The settings. A run that goes on has a checkpoint and a model. A new one may have a
-    # pretrained model, with the tokenizer `wanted`.
-    ckpt = model = lock = wanted = None
+def begin(given):
+    """The settings, the device, and what is there already: a checkpoint and its model if the run
+    goes on; a pretrained model and the tokenizer that it needs, if there is one. Also the lock
+    of the run's folder, held as long as this process lives."""
+    ckpt = model = lock = tokenizer = None
     s = Settings(**given)
     if s.resume:
         s, ckpt, model, lock = go_on(given)
     device = follow_device(s)
     if s.init_from and not ckpt:
         cli.check(s)  # is it for this model?
-        model, wanted = pretrained(s)
+        model, tokenizer = pretrained(s)
     settle(s, device, None if ckpt else model)
-    lock = lock or checkpoint.only_run(Path(s.out_dir))  # held as long as this process lives
+    lock = lock or checkpoint.only_run(Path(s.out_dir))
+    return s, device, ckpt, model, tokenizer, lock
+
+
+def main(argv=None):
+    given = cli.parse(Settings, argv, __doc__, PRESETS)
+    given = given | processes.join(given.get("device"))
+
+    s, device, ckpt, model, wanted, _lock = begin(given)
 
     # The text.
     with processes.first_only():
