@@ -13,7 +13,8 @@ STYLE = (
     "text{font:13px sans-serif;fill:#222}.axis{stroke:#888;fill:none}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
 )
-WIDTH, HEIGHT = 720, 400
+WIDTH = 720
+HEIGHT = 400
 LEFT, TOP, RIGHT, BOTTOM = 60, 15, 530, 350  # of the axes
 
 

@@ -1,4 +1,5 @@
-"""Films of the automaton: is the order of time found, and does what is drawn follow the rule?"""
+"""Films of the automaton: is the order of time found, and does what is drawn follow the
+rule?"""
 
 import itertools
 
@@ -19,9 +20,10 @@ def need_films(run):
 
 
 def rows(runs, a):
-    """--data automaton and automaton-both: the mean log-weight of each row of the films, in order
-    of time, less that of the film, for each direction that films may be written in. And Kendall's
-    tau between the order and time: 1 if every row is revealed before what follows from it."""
+    """--data automaton and automaton-both: the mean log-weight of each row of the films, in
+    order of time, less that of the film, for each direction that films may be written in. And
+    Kendall's tau between the order and time: 1 if every row is revealed before what follows
+    from it."""
     for run in runs:
         run.need_order()
         need_films(run)
@@ -39,16 +41,16 @@ def rows(runs, a):
 
 
 def kendall(film):
-    """tau (n,) of log-weights film (n, ROWS, cells), over all pairs of cells in different rows:
-    the share of pairs of which the earlier row is revealed first, from -1 to 1."""
+    """tau (n,) of log-weights film (n, ROWS, cells), over all pairs of cells in different
+    rows: the share of pairs of which the earlier row is revealed first, from -1 to 1."""
     pairs = itertools.combinations(range(ROWS), 2)
     first = [film[:, i, :, None] > film[:, j, None, :] for i, j in pairs]
     return 2 * torch.stack(first).double().mean((0, 2, 3)) - 1
 
 
 def films(runs, a):
-    """--data automaton and automaton-both: how many of the films that a run draws follow the rule,
-    and the first one, each cell's turn below it, from 0 to 9."""
+    """--data automaton and automaton-both: how many of the films that a run draws follow the
+    rule, and the first one, each cell's turn below it, from 0 to 9."""
     for run in runs:
         need_films(run)
         z = torch.full((a.samples, run.val.shape[1]), run.model.mask_id, device=a.device)
@@ -60,9 +62,9 @@ def films(runs, a):
 
 
 def follows_the_rule(film):
-    """Does each row of this text follow from the one before it in time, by rule 30? Without marks
-    the last row is the first in time. With marks "v" it is the first row, with "^" the last, and
-    every second moment is left out."""
+    """Does each row of this text follow from the one before it in time, by rule 30? Without
+    marks the last row is the first in time. With marks "v" it is the first row, with "^" the
+    last, and every second moment is left out."""
     mark = film[:1] if film[:1] in ("v", "^") else ""
     lines = film.splitlines()
     alike = all(line.startswith(mark) for line in lines)
