@@ -50,15 +50,12 @@ def one_line(*kinds):
 
 
 def refuse_nan(numbers, step, saved_at):
-    """UserError if one of the numbers, of this step and those after it, is not finite. saved_at is
-    the step of the last checkpoint, or 0."""
-    bad = [at for at, number in enumerate(numbers, step) if not math.isfinite(number)]
-    last = f"out_dir's last.pt (step {saved_at}); --resume with" if saved_at else "none yet; try"
-    need(
-        not bad,
-        f"the loss or its gradient is not finite at step {min(bad, default=0)}; last good "
-        f"checkpoint: {last} a lower --learning_rate",
-    )
+    """UserError unless the numbers, of this step and those after it, are finite. saved_at is the
+    step of the last checkpoint, or 0."""
+    how = f"go on from step {saved_at} with --resume and" if saved_at else "begin again with"
+    for at, number in enumerate(numbers, step):
+        finite = math.isfinite(number)
+        need(finite, f"the loss is not finite at step {at}; {how} a lower --learning_rate")
 
 
 # ---- the way out ---------------------------------------------------------------------------------
@@ -85,8 +82,7 @@ def explain(e):
     """The line to print for an exception; None if it is a defect, which deserves its traceback."""
     if isinstance(e, UserError):
         # Of several processes on a machine, one speaks.
-        silent = "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        return "" if silent else f"error: {e}"
+        return f"error: {e}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
 
     # With `python script.py | head`, nobody reads on, and that is fine.
     if isinstance(e, BrokenPipeError):
@@ -95,12 +91,12 @@ def explain(e):
         return f"error: {e}"
 
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        first = next(iter(str(e).splitlines()), type(e).__name__)
+        first = str(e).partition("\n")[0]
         return f"error: torch.compile failed ({first}); --compile=False goes without it"
 
     # torch says so in many ways, of which few have a class of their own.
-    full = any(word in str(e).lower() for word in ("alloc", "out of memory"))
-    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and full):
+    full = isinstance(e, RuntimeError) and ("alloc" in str(e) or "out of memory" in str(e))
+    if full or isinstance(e, MemoryError):
         return "error: not enough memory; take a smaller model, batch or number of samples"
     return None
 
@@ -113,8 +109,7 @@ def leave(line, code):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if line:
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr)
+        print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -136,9 +131,7 @@ def flag(
 
 
 def truth(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def floats(text):
@@ -147,7 +140,7 @@ def floats(text):
 
 def parse(Settings, argv, description, presets=None):
     """The flags given, {name: value}: only those, so that --resume knows what was asked for.
-    presets, {name: {flag: value}}, are listed by --help. UserError for an empty value."""
+    presets, {name: {flag: value}}, are listed by --help."""
     epilog = [
         f"--preset {name}:  " + "  ".join(f"{flag} {value}" for flag, value in preset.items())
         for name, preset in (presets or {}).items()
@@ -159,22 +152,22 @@ def parse(Settings, argv, description, presets=None):
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+
     for f in fields(Settings):
         kind = (get_args(f.type) or [f.type])[0]  # of int | None, it is int
         how = dict(type=kind, choices=f.metadata["choices"])
-        if kind is bool:  # --compile, --compile True, --compile=False
-            how = dict(type=truth, nargs="?", const=True, metavar="BOOL")
+        if kind is bool:  # --compile, --compile=False
+            how = dict(type=truth, nargs="?", const=True, choices=(True, False))
         if kind is tuple:
             how = dict(type=floats, metavar="A,B,..")
 
-        default = ",".join(map(str, f.default)) if kind is tuple else f.default
-        default = "" if default is None else f" [{default}]"
+        default = "" if f.default is None else f" [{f.default}]"
         only = f"{f.metadata['only']}: " if f.metadata["only"] else ""
         text = f"{only}{f.metadata['help']}{default}".replace("%", "%%")
         parser.add_argument(f"--{f.name}", help=text, **how)
+    given = vars(parser.parse_args(argv))
 
     # An empty value comes from a shell variable that is not set, as a rule.
-    given = vars(parser.parse_args(argv))
     for name, value in given.items():
         need(value != "", f"--{name} is empty")
     return given
@@ -186,15 +179,11 @@ def check(s):
         value = getattr(s, f.name)
         if value is None:
             continue
-
-        choices = f.metadata["choices"] or [value]
-        need(value in choices, f"--{f.name} {value} is none of {', '.join(map(str, choices))}")
         check_range(f.name, value, f.metadata["least"], f.metadata["below"])
 
-        if f.metadata["only"] and value != f.default:
-            only = f.metadata["only"].split()
-            message = f"--{f.name} is for --model {' or '.join(only)}, not {s.model}"
-            need(s.model in only, message)
+        only = (f.metadata["only"] or "").split()
+        fits = not only or value == f.default or s.model in only
+        need(fits, f"--{f.name} is for --model {' or '.join(only)}, not {getattr(s, 'model', '')}")
 
 
 def check_range(name, value, least, below):
@@ -208,21 +197,12 @@ def check_range(name, value, least, below):
 # ---- the device ----------------------------------------------------------------------------------
 def pick_device(name):
     """The torch device called `name`; None takes the best there is. UserError if it is not here."""
-    best = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return best or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is none that torch knows; try cpu or cuda") from None
-
-    there = device.type == "cpu" or (best and device.type == best.type)
-    count = torch.accelerator.device_count() if best else 0
-    need(
-        there and (device.index or 0) < max(1, count),
-        f"--device {name} asked for, but there is none here; try --device cpu",
-    )
-    return device
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is none here; try --device cpu") from None
 
 
 def is_modern(device):

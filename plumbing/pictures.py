@@ -12,22 +12,19 @@ import sys
 from pathlib import Path
 
 from plumbing.checkpoint import write_file
-from plumbing.cli import need
 
 PAGE = Path(__file__).with_name("page.html")  # what page() fills in
 EARLY_TO_LATE = (196, 202, 208, 220, 154, 46, 48, 45, 33, 63)  # xterm colours, red to violet
 
 
-def pieces(tokenizer, x, at, n=None):
-    """Samples of tokens x (N, L), revealed at (N, L): their first n tokens, or all."""
-    rows = zip(x[:, :n].tolist(), at[:, :n].tolist(), strict=True)
+def pieces(tokenizer, x, at):
+    """Samples of tokens x (N, L), revealed at (N, L)."""
+    rows = zip(x.tolist(), at.tolist(), strict=True)
     return [(tokenizer.pieces(ids), revealed_at) for ids, revealed_at in rows]
 
 
 def write(path, text):
-    """UserError if it cannot be written, or is the page that others are made of."""
-    template = Path(path).resolve() == PAGE.resolve()
-    need(not template, f"{path} is the template of the page; take another name")
+    """UserError if it cannot be written."""
     write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
     print(f"wrote {path}")
 

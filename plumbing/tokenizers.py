@@ -35,17 +35,19 @@ class Tokenizer:
 
     def encode(self, text):
         """(L,)"""
-        return self.encode_all([(False, text)])
+        return self.encode_all([clean(text)])
 
-    def encode_all(self, batch):
-        """The tokens (L,) of a list of (does a separator go before it?, text)."""
+    def separator(self):
+        """The tokens between two documents."""
+        return self.encode(self.between) if self.end is None else np.array([self.end], self.dtype)
+
+    def encode_all(self, texts):
+        """The tokens (L,) of several documents."""
         parts = []
-        encoded = self.encode_each([clean(text) for _, text in batch])
-        for (separate, _), ids in zip(batch, encoded, strict=True):
-            if separate:
-                parts.append(self.encode(self.between) if self.end is None else [self.end])
-            parts.append(ids)
-        return np.concatenate([np.asarray(ids, self.dtype) for ids in [[], *parts]])
+        for ids in self.encode_each(texts):
+            parts += [self.separator()] if parts else []
+            parts.append(np.array(ids, self.dtype))
+        return np.concatenate(parts)
 
     def pieces(self, ids):
         """The text of each token: what it adds to that of the few before it. A character may need
@@ -147,11 +149,8 @@ class HuggingFace(Tokenizer):
         end = None
         config = Path(folder, "tokenizer_config.json")
         if config.is_file():
-            try:
-                end = json.loads(config.read_text("utf-8")).get("eos_token")
-                end = end["content"] if isinstance(end, dict) else end
-            except (ValueError, AttributeError, KeyError) as e:
-                raise UserError(f"{config} is damaged: {type(e).__name__} {e}") from None
+            end = json.loads(config.read_text("utf-8")).get("eos_token")
+            end = end["content"] if isinstance(end, dict) else end
         return cls([Path(folder, "tokenizer.json").read_text("utf-8"), end])
 
     def encode_each(self, texts):
@@ -165,15 +164,15 @@ TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their fold
 
 
 def learn(name, batches):
-    """The tokenizer of that name, or in a folder with tokenizer.json. The texts, batches as
-    encode_all() takes them, decide which characters there are."""
+    """The tokenizer of that name, or in a folder with tokenizer.json. The batches of texts decide
+    which characters there are."""
     if name not in TOKENIZERS:
         return HuggingFace.at(name)
     if name != "char":
         return TOKENIZERS[name]()
-    characters = set()
-    for separate, text in itertools.chain.from_iterable(batches):
-        characters.update(Characters.between * separate + clean(text))
+    characters = {Characters.between}
+    for text in itertools.chain.from_iterable(batches):
+        characters.update(text)
     return Characters(sorted(characters))
 
 
