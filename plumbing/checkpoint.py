@@ -7,6 +7,7 @@ the first one writes; the others pass by.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from dataclasses import fields
@@ -118,10 +119,8 @@ def set_aside(out):
 
     # A link is followed, so that both are on the same disk.
     beside = os.path.realpath(out)
-    n = 1
-    while Path(f"{beside}.{n}").exists():
-        n += 1
-    kept = Path(f"{beside}.{n}")
+    names = (Path(f"{beside}.{n}") for n in itertools.count(1))
+    kept = next(path for path in names if not path.exists())
     kept.mkdir()
     for path in files:
         os.rename(path, kept / path.name)
