@@ -49,17 +49,6 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", ["--n_laye 1", "--model gpt", "--n_layer ten", "--compile=2", "--lr", "stray"]
-)
-def test_mistakes_cost_one_line(argv, capsys):
-    with pytest.raises(SystemExit) as e:
-        given(*argv.split())
-    assert e.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     "change,message",
     [
         ({"n_layer": 0}, "--n_layer must be at least 1$"),

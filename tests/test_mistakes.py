@@ -10,7 +10,6 @@ Whatever the mistake was, all files that were there are there, byte for byte.
 import contextlib
 import gc
 import io
-import os
 import random
 import re
 import shlex
@@ -463,26 +462,4 @@ def test_a_signal_from_outside(work, model, number):
     assert at >= 2 and checkpoint("out/ckpt.pt")["step"] <= at
     stopped(at + 3, "--resume", base="")
     stopped(at + 3, f"{flags} --out_dir whole", base="")
-    same_runs("whole", "out")
-
-
-@pytest.mark.slow
-def test_kill_again_and_again(work):
-    """Twenty times at random moments, and every time something is won."""
-    flags = f"{BASE} --max_iters 3000 --warmup_iters 10 --eval_windows 2 "
-    flags += "--eval_interval 1 --log_interval 1"
-    begun = 0
-    for _ in range(20):
-        argv = [sys.executable, str(ROOT / "train_char.py")]
-        argv += ["--resume"] if begun else flags.split()
-        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen(argv, **pipes) as run:
-            wait_for(lambda: checkpoint("out/last.pt")["step"] > begun, run)  # noqa: B023
-            time.sleep(random.uniform(0, 0.5))
-            run.kill()
-        begun = checkpoint("out/last.pt")["step"]
-
-    assert not any(p.name != "out" for p in work.glob("out*"))
-    stopped(begun + 2, "--resume", base="")
-    stopped(begun + 2, f"{flags} --out_dir whole", base="")
     same_runs("whole", "out")

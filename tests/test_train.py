@@ -304,15 +304,6 @@ def test_resume_survives_a_move(work):
     assert figures("after", "lr")[6] <= 1e-5
 
 
-def test_an_earlier_run_is_kept(work):
-    """A new run in its folder moves it to out.1."""
-    train("--max_iters 2 --seed 1")
-    before = checkpoint("out/last.pt")
-    train("--max_iters 2 --seed 2")
-    assert same(before, checkpoint("out.1/last.pt")) and Path("out.1/log.jsonl").exists()
-    assert not same(before["model"], checkpoint("out/last.pt")["model"])
-
-
 # ---- validation ------------------------------------------------------------------------------
 
 
