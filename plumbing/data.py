@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FORMAT = 4  # of the folder; one of another format is prepared again
-BATCH = 2**22  # characters that are encoded at a time, on all cores
+BATCH = 256  # documents that are encoded at a time, on all cores
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -156,19 +157,9 @@ def read_jsonl(path):
 
 # ---- tokens --------------------------------------------------------------------------------------
 def batches(documents, what):
-    """Lists of documents with BATCH characters or more, as these are encoded on all cores."""
-    batch = []
-    size = 0
-    with tqdm(desc=what, unit="char", unit_scale=True, delay=2) as bar:
-        for text in documents:
-            batch.append(text)
-            size += len(text)
-            bar.update(len(text))
-            if size >= BATCH:
-                yield batch
-                batch = []
-                size = 0
-    if batch:
+    """Lists of BATCH documents."""
+    bar = iter(tqdm(documents, what, unit=" documents", delay=2))
+    while batch := list(itertools.islice(bar, BATCH)):
         yield batch
 
 
@@ -205,7 +196,7 @@ def write_tokens(path, parts, tokenizer):
     with open(path, "wb") as f:
         for part in parts:
             begin = f.tell()
-            for batch in batches(part(), f"part {len(counts) + 1}"):
+            for batch in batches(part(), "tokens"):
                 if f.tell() > begin:
                     f.write(tokenizer.separator().tobytes())
                 f.write(tokenizer.encode_all(batch).tobytes())

@@ -43,11 +43,11 @@ class Tokenizer:
 
     def encode_all(self, texts):
         """The tokens (L,) of several documents."""
+        separator = self.separator() if len(texts) > 1 else None
         parts = []
         for ids in self.encode_each(texts):
-            parts += [self.separator()] if parts else []
-            parts.append(np.array(ids, self.dtype))
-        return np.concatenate(parts)
+            parts += [separator, np.array(ids, self.dtype)]
+        return np.concatenate(parts[1:])
 
     def pieces(self, ids):
         """The text of each token: what it adds to that of the few before it. A character may need

@@ -76,7 +76,7 @@ def test_tokens_are_those_of_the_text():
     assert corpus.tokenizer.unit == "nats/char" and corpus.tokenizer.end is None
 
 
-@pytest.mark.parametrize("size", [1, 10**6])
+@pytest.mark.parametrize("size", [1, 2, 256])
 def test_documents_are_separated(monkeypatch, size):
     """Lines of a .jsonl, and files of a folder in the order of their names: the end-of-text token,
     or a line end, stands between documents and nowhere else. What looks like it is plain text."""
@@ -213,7 +213,7 @@ def test_killed_preparation_starts_again():
     lines = [json.dumps({"text": f"to be {i}"}) + "\n" for i in range(1000)]
     Path("a.jsonl").write_text("".join(lines))
     want = load("a.jsonl").sha256
-    slow = "import time; from plumbing import data; real = data.read_jsonl; data.BATCH = 9; "
+    slow = "import time; from plumbing import data; real = data.read_jsonl; data.BATCH = 1; "
     slow += "data.read_jsonl = lambda path: (time.sleep(.01) or text for text in real(path)); "
     argv = [sys.executable, "-c", f"{slow} data.load('a.jsonl', folder='again')"]
     run = subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": str(ROOT)})
