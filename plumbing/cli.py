@@ -200,7 +200,8 @@ def pick_device(name):
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(1, device=name).device
+        torch.empty(1, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: there is none here; try --device cpu") from None
 
