@@ -35,15 +35,6 @@ def state(**more):
 # ---- files -----------------------------------------------------------------------------------
 
 
-def test_there_and_back():
-    saved = state(optimizer={"a": [1]})
-    checkpoint.save(Path("out/last.pt"), saved)
-    ckpt, model = checkpoint.load("out/last.pt", make)
-    assert ckpt["format"] == checkpoint.FORMAT and ckpt["optimizer"] == {"a": [1]}
-    assert all(torch.equal(p, saved["model"][name]) for name, p in model.state_dict().items())
-    assert os.listdir("out") == ["last.pt"]
-
-
 def test_what_is_no_checkpoint():
     """Missing, cut off, something else, or from an earlier version: one line each."""
 

@@ -107,26 +107,9 @@ def test_a_defect_has_its_traceback():
         script(ValueError("a defect"))
 
 
-def test_one_of_several_processes_speaks(monkeypatch, capsys):
-    for rank, line in ("0", "error: no\n"), ("1", ""):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit):
-            script(UserError("no"))
-        assert capsys.readouterr().err == line
-
-
 def test_losses_that_are_not_finite():
     cli.refuse_nan([1.0, 2.0], 7, 5)
     with pytest.raises(UserError, match="not finite at step 8; go on from step 5 with --resume"):
         cli.refuse_nan([1.0, float("inf"), float("nan")], 7, 5)
     with pytest.raises(UserError, match="not finite at step 1; begin again with a lower"):
         cli.refuse_nan([float("nan")], 1, 0)
-
-
-def test_devices():
-    assert cli.pick_device("cpu") == torch.device("cpu")
-    assert cli.pick_device(None).type in ("cpu", "cuda", "mps")
-    assert not cli.is_modern(torch.device("cpu"))
-    for name in ("tpu9", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device {name}: there is none here; try --device"):
-            cli.pick_device(name)

@@ -66,22 +66,6 @@ def test_torchrun_sends_signals_twice(capfd, monkeypatch):
 # ---- processes -------------------------------------------------------------------------------
 
 
-def test_one_process_meets_nobody():
-    assert (processes.RANK, processes.WORLD) == (0, 1)
-    assert processes.join("cpu") == {}
-    with processes.first_only():
-        pass
-    model = torch.nn.Linear(2, 1)
-    model(torch.ones(1, 2)).backward()
-    processes.average_gradients(model)
-    assert model.weight.grad.tolist() == [[1, 1]]
-    assert processes.mean(torch.tensor([3.0])).tolist() == [3] and processes.agree("alone")
-    for flag in (["SIGINT"], []):
-        numbers, stopping = processes.mean_and_any(torch.tensor([[3.0], [4.0]]), flag)
-        assert numbers.tolist() == [[3], [4]] and stopping == bool(flag)
-    processes.leave()
-
-
 @pytest.mark.parametrize("device", ["banana", "cuda:99", "mps"])
 def test_several_processes_take_no_other_device(monkeypatch, device):
     monkeypatch.setattr(processes, "WORLD", 2)
