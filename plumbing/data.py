@@ -176,14 +176,8 @@ def prepare(target, train, val, kind):
         if not rest:
             n_train = int(0.9 * n_train)
 
-        # One checksum stands for all tokens and what they mean.
-        state, dtype = tokenizer.state, tokenizer.dtype
-        tokens = tokens_in(work, dtype)
-        digests = [hashlib.sha256(half).hexdigest() for half in np.split(tokens, [n_train])]
-        whole = json.dumps([*digests, state, dtype.name])
-        sha256 = hashlib.sha256(whole.encode()).hexdigest()
-
-        meta = json.dumps(dict(n_train=n_train, tokenizer=state, sha256=sha256))
+        sha256 = checksum(work, tokenizer, n_train)
+        meta = json.dumps(dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256))
         write_file(work / "meta.json", lambda path: path.write_text(meta, "utf-8"))
         os.rename(work, target)
     finally:
@@ -212,6 +206,14 @@ def tokens_in(folder, dtype):
     """A memory-mapped array, as far as a file that is empty can be one."""
     path = folder / "tokens.bin"
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def checksum(folder, tokenizer, n_train):
+    """Of the tokens to train on, those to validate on, and what they mean."""
+    halves = np.split(tokens_in(folder, tokenizer.dtype), [n_train])
+    digests = [hashlib.sha256(half).hexdigest() for half in halves]
+    whole = json.dumps([*digests, tokenizer.state, tokenizer.dtype.name])
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 class Corpus:
