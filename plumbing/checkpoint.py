@@ -1,8 +1,9 @@
 """
-The folder of a run: ckpt.pt (the best), last.pt (the latest), log.jsonl, and who may write to it.
+The folder of a run: ckpt.pt (the best), last.pt (the latest), log.jsonl, and who may write
+to it.
 
-Files appear whole or not at all. Loading one never runs code that is in it. Of several processes
-the first one writes; the others pass by.
+Files appear whole or not at all. Loading one never runs code that is in it. Of several
+processes the first one writes; the others pass by.
 """
 
 import contextlib
@@ -22,10 +23,10 @@ FORMAT = "lomdm checkpoint 3"
 RUN_FILES = ("ckpt.pt", "last.pt", "log.jsonl")
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------
 def write_file(path, write):
-    """Call write(temporary path), then rename: path is the old file or the new one, never half.
-    UserError if it cannot be written."""
+    """Call write(temporary path), then rename: path is the old file or the new one, never
+    half. UserError if it cannot be written."""
     path = Path(path)
     temporary = Path(f"{path}.tmp")
     try:
@@ -45,8 +46,8 @@ def write_file(path, write):
 
 
 def lock(path, wait):
-    """The open file that holds the lock, or None if another process has it. The lock ends with its
-    process, whatever ends that, or when the file is closed."""
+    """The open file that holds the lock, or None if another process has it. The lock ends
+    with its process, whatever ends that, or when the file is closed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "w")  # noqa: SIM115
     try:
@@ -62,20 +63,21 @@ def lock(path, wait):
 
 
 def code_digest(files):
-    """Which version of the code this is: 12 hex digits over the bytes of those files that exist."""
+    """Which version of the code this is: 12 hex digits over the bytes of those files that
+    exist."""
     code = b"".join(path.read_bytes() for path in map(Path, files) if path.is_file())
     return hashlib.sha256(code).hexdigest()[:12]
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------
 def save(path, state):
     if RANK == 0:
         write_file(path, lambda temporary: torch.save(dict(format=FORMAT, **state), temporary))
 
 
 def load(path, make, device="cpu"):
-    """A checkpoint, {name: value}, and its model, which make(model_name, config) builds. UserError
-    if the file is missing, cut off, or of another version of the code."""
+    """A checkpoint, {name: value}, and its model, which make(model_name, config) builds.
+    UserError if the file is missing, cut off, or of another version of the code."""
     path = Path(path)
     if not path.is_file():
         young = path.with_name("last.pt").is_file()
@@ -96,7 +98,7 @@ def load(path, make, device="cpu"):
     return ckpt, model.to(device)
 
 
-# ---- who writes to the folder --------------------------------------------------------------------
+# ---- who writes to the folder --------------------------------------------------------------
 def only_run(out):
     """Make the folder and keep other runs out of it, for as long as the object returned lives.
     UserError if another run has it, or it can be no run's."""
@@ -127,10 +129,10 @@ def set_aside(out):
     print(f"{out} held an earlier run; it is now in {kept}")
 
 
-# ---- the log -------------------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------
 def begin(out, ckpt, about):
-    """A new log whose header says what the run is about, beside which earlier ones are kept; or,
-    when a run goes on from ckpt, its old log."""
+    """A new log whose header says what the run is about, beside which earlier ones are
+    kept; or, when a run goes on from ckpt, its old log."""
     if RANK:
         return
     if ckpt:
@@ -172,10 +174,10 @@ def trim_log(out, step):
     write_file(Path(out) / "log.jsonl", lambda path: path.write_text(text, "utf-8"))
 
 
-# ---- going on ------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------
 def resumable(saved, given, Settings):
-    """The settings with which a run goes on: the saved ones, but for what may change. UserError
-    for a flag that may not."""
+    """The settings with which a run goes on: the saved ones, but for what may change.
+    UserError for a flag that may not."""
     out = given.get("out_dir", Settings.out_dir)  # the folder may have been moved
     same = saved.keys() == {f.name for f in fields(Settings)}
     need(same, f"the run in {out} has other settings than this version; train again")

@@ -1,8 +1,8 @@
 """
 The command line: flags from a dataclass, and one line for whatever the user can mend.
 
-A Settings class is a dataclass with one flag() a field. parse() reads the flags that were given,
-check() tells what is out of range, and run() calls a script's main().
+A Settings class is a dataclass with one flag() a field. parse() reads the flags that were
+given, check() tells what is out of range, and run() calls a script's main().
 """
 
 import argparse
@@ -18,15 +18,15 @@ from typing import get_args
 import torch
 
 
-# ---- mistakes ------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------
 class UserError(Exception):
     """Something the user can mend. Its message is all that is printed; the exit code is 1."""
 
 
 class Stopped(BaseException):
-    """A clean end because a signal asked for it: Stopped(message, signal number), or without the
-    number if it came to another process. Like KeyboardInterrupt it is no Exception: it may come
-    anywhere, and nothing shall swallow it."""
+    """A clean end because a signal asked for it: Stopped(message, signal number), or
+    without the number if it came to another process. Like KeyboardInterrupt it is no
+    Exception: it may come anywhere, and nothing shall swallow it."""
 
 
 def need(condition, message):
@@ -50,15 +50,15 @@ def one_line(*kinds):
 
 
 def refuse_nan(numbers, step, saved_at):
-    """UserError unless the numbers, of this step and those after it, are finite. saved_at is the
-    step of the last checkpoint, or 0."""
+    """UserError unless the numbers, of this step and those after it, are finite. saved_at
+    is the step of the last checkpoint, or 0."""
     how = f"go on from step {saved_at} with --resume and" if saved_at else "begin again with"
     for at, number in enumerate(numbers, step):
         finite = math.isfinite(number)
         need(finite, f"the loss is not finite at step {at}; {how} a lower --learning_rate")
 
 
-# ---- the way out ---------------------------------------------------------------------------------
+# ---- the way out ---------------------------------------------------------------------------
 def run(main):
     """Call main() as a script, without a traceback for what is not a defect of the script."""
     for stream in (sys.stdout, sys.stderr):
@@ -79,7 +79,8 @@ def run(main):
 
 
 def explain(e):
-    """The line to print for an exception; None if it is a defect, which deserves its traceback."""
+    """The line to print for an exception; None if it is a defect, which deserves its
+    traceback."""
     if isinstance(e, UserError):
         # Of several processes on a machine, one speaks.
         return f"error: {e}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
@@ -113,9 +114,10 @@ def leave(line, code):
     sys.exit(code)
 
 
-# ---- flags ---------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake costs one line instead of the whole usage; the exit code is 2."""
+    """argparse, but a mistake costs one line instead of the whole usage; the exit code is
+    2."""
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -124,8 +126,9 @@ class Parser(argparse.ArgumentParser):
 def flag(
     default, help, choices=None, least=None, below=None, only=None, resume=False, follows=None
 ):
-    """A field that is a flag. least <= value < below; only: the models that it is for, "a b";
-    resume: it may change when a run goes on; follows: the flag that settles it anew by changing."""
+    """A field that is a flag. least <= value < below; only: the models that it is for, "a
+    b"; resume: it may change when a run goes on; follows: the flag that settles it anew by
+    changing."""
     rules = dict(least=least, below=below, only=only, resume=resume, follows=follows)
     return field(default=default, metadata=dict(help=help, choices=choices, **rules))
 
@@ -183,7 +186,8 @@ def check(s):
 
         only = (f.metadata["only"] or "").split()
         fits = not only or value == f.default or s.model in only
-        need(fits, f"--{f.name} is for --model {' or '.join(only)}, not {getattr(s, 'model', '')}")
+        models = " or ".join(only)
+        need(fits, f"--{f.name} is for --model {models}, not {getattr(s, 'model', '')}")
 
 
 def check_range(name, value, least, below):
@@ -194,9 +198,10 @@ def check_range(name, value, least, below):
     need(finite, f"--{name} must be a finite number")
 
 
-# ---- the device ----------------------------------------------------------------------------------
+# ---- the device ----------------------------------------------------------------------------
 def pick_device(name):
-    """The torch device called `name`; None takes the best there is. UserError if it is not here."""
+    """The torch device called `name`; None takes the best there is. UserError if it is not
+    here."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -207,7 +212,8 @@ def pick_device(name):
 
 
 def is_modern(device):
-    """Whether it computes in bfloat16, and torch.compile has what it needs (Windows does not)."""
+    """Whether it computes in bfloat16, and torch.compile has what it needs (Windows does
+    not)."""
     return (
         device.type == "cuda"
         and torch.cuda.is_bf16_supported(including_emulation=False)

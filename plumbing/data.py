@@ -5,10 +5,10 @@ Text to tokens on disk: tokens.bin and meta.json, in a folder of their own.
     python -m plumbing.data --data FILE_OR_FOLDER --tokenizer gpt2
 
 train_char.py calls load() with the same flags, so that running this is never needed, only
-possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl file. They
-are read, encoded and written a few at a time, so that a corpus may be larger than the memory. The
-folder's name holds a hash of the files' names, sizes and times, so that a text that has changed
-gets a folder anew.
+possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl file.
+They are read, encoded and written a few at a time, so that a corpus may be larger than the
+memory. The folder's name holds a hash of the files' names, sizes and times, so that a text
+that has changed gets a folder anew.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ FORMAT = 4  # of the folder; one of another format is prepared again
 BATCH = 256  # documents that are encoded at a time, on all cores
 
 
-# ---- sources -------------------------------------------------------------------------------------
-# Each is called with the folder that holds all data, and returns two functions, for train and for
-# val, each of which returns an iterable of documents. Instead of the second, None stands for the
-# last tenth.
+# ---- sources -------------------------------------------------------------------------------
+# Each is called with the folder that holds all data. It returns two functions, for train and
+# for val, each of which returns an iterable of documents. Instead of the second, None stands
+# for the last tenth.
 def shakespeare(root):
     return functools.partial(documents_in, [root / SHAKESPEARE]), None
 
@@ -111,11 +111,11 @@ def download_shakespeare(root):
     return True
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------
 def files_of(name, data, but=()):
-    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and below,
-    sorted, without hidden ones. but: files and folders that are no part of it, such as the text to
-    validate on. UserError if there are none."""
+    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and
+    below, sorted, without hidden ones. but: files and folders that are no part of it, such
+    as the text to validate on. UserError if there are none."""
     data = Path(data)
     need(data.exists(), f"{name} {data}: no such file or folder")
     files = [data]
@@ -155,7 +155,7 @@ def read_jsonl(path):
                 raise UserError(message) from None
 
 
-# ---- tokens --------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------
 def batches(documents, what):
     """Lists of BATCH documents."""
     bar = iter(tqdm(documents, what, unit=" documents", delay=2))
@@ -217,8 +217,8 @@ def checksum(folder, tokenizer, n_train):
 
 
 class Corpus:
-    """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three; the name
-    of the data."""
+    """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three;
+    the name of the data."""
 
     def __init__(self, folder, name):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
@@ -234,11 +234,11 @@ class Corpus:
         return f"{n}, {self.tokenizer.size:,} different"
 
 
-# ---- all of it -----------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------
 def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=None, least=0):
-    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a list
-    of texts of so many tokens; val begins with one, too. but: a folder that is not among the texts,
-    as a run writes its log to it. least: how many tokens it must have.
+    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a
+    list of texts of so many tokens; val begins with one, too. but: a folder that is not
+    among the texts, as a run writes its log to it. least: how many tokens it must have.
 
     UserError for what cannot be read, and for too few tokens."""
     root = Path(folder or DATA)
@@ -269,8 +269,8 @@ def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=No
     n_train, n_val = len(corpus.train), len(corpus.val)
     need(
         min(n_train, n_val) >= least,
-        f"--data {data} has {n_train} + {n_val} tokens to train and validate on, too few for a "
-        f"window of {least}: take a longer text or a smaller --seq_len",
+        f"--data {data} has {n_train} + {n_val} tokens to train and validate on, too few for "
+        f"a window of {least}: take a longer text or a smaller --seq_len",
     )
     return corpus
 

@@ -4,9 +4,10 @@ import numpy as np
 
 
 def films(n, seed, both=False):
-    """n films of rule 30 on a ring of 16 cells: 4 rows, a line each. The last moment comes first:
-    a cell follows from three in the line below it, and left to right is the wrong order. A film
-    costs at least 16 ln 2 = 11.09 nats, .1631 a character, as its first moment has to be guessed.
+    """n films of rule 30 on a ring of 16 cells: 4 rows, a line each. The last moment comes
+    first: a cell follows from three in the line below it, and left to right is the wrong
+    order. A film costs at least 16 ln 2 = 11.09 nats, .1631 a character, as its first
+    moment has to be guessed.
 
     both: only every other moment is shown, and a film has one of two directions, which a mark
     before each row tells: v, time runs down, or ^, up. Such a film costs 17 ln 2 = 11.78 nats,

@@ -1,5 +1,6 @@
 """
-Several processes that train one model, as torchrun starts them, and the signals that stop a run.
+Several processes that train one model, as torchrun starts them, and the signals that stop a
+run.
 
 Every function here does nothing, or the obvious, when there is only one process.
 """
@@ -24,10 +25,10 @@ if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun sets a
 PATIENCE = 2  # seconds in which more signals mean the same, as some launchers send several
 
 
-# ---- meeting -------------------------------------------------------------------------------------
+# ---- meeting -------------------------------------------------------------------------------
 def join(device_name):
-    """Meet the others. Returns {"device": that of this process}, a GPU if there is one for each;
-    or {} if there are no others. UserError if there are too few GPUs."""
+    """Meet the others. Returns {"device": that of this process}, a GPU if there is one for
+    each; or {} if there are no others. UserError if there are too few GPUs."""
     if WORLD == 1:
         return {}
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,8 +53,8 @@ def join(device_name):
 
 @contextlib.contextmanager
 def first_only():
-    """The first process runs the body, and then the others: what it prepared is there for them. A
-    mistake that it finds they find as well, so that each ends by itself."""
+    """The first process runs the body, and then the others: what it prepared is there for
+    them. A mistake that it finds they find as well, so that each ends by itself."""
     if RANK:
         dist.barrier()
     try:
@@ -69,7 +70,7 @@ def leave():
         dist.destroy_process_group()
 
 
-# ---- agreeing ------------------------------------------------------------------------------------
+# ---- agreeing ------------------------------------------------------------------------------
 def mean(tensor):
     """Make a tensor the mean of all processes' tensors, in place."""
     if WORLD > 1:
@@ -79,8 +80,8 @@ def mean(tensor):
 
 
 def mean_and_any(numbers, flag):
-    """The mean of all processes' numbers, on the CPU, and whether any process has the flag. Both
-    travel in one message, so that the flag costs nothing."""
+    """The mean of all processes' numbers, on the CPU, and whether any process has the flag.
+    Both travel in one message, so that the flag costs nothing."""
     flags = numbers.new_full((1,), float(bool(flag)))
     both = mean(torch.cat((numbers.flatten(), flags))).cpu().double()
     return both[:-1].view(numbers.shape), both[-1].item() > 0
@@ -95,8 +96,8 @@ def agree(value):
 
 
 def average_gradients(model):
-    """Make the gradients those of the mean loss of all processes, which used the same parameters.
-    All in one message: many small ones would take longer."""
+    """Make the gradients those of the mean loss of all processes, which used the same
+    parameters. All in one message: many small ones would take longer."""
     if WORLD == 1:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -105,11 +106,11 @@ def average_gradients(model):
         g.copy_(part.view_as(g))
 
 
-# ---- stopping ----------------------------------------------------------------------------------
+# ---- stopping ------------------------------------------------------------------------------
 @contextlib.contextmanager
 def stop_signals():
-    """A list, empty until SIGINT (Ctrl-C) or SIGTERM comes, which is then in it: time to save and
-    end. Whoever is not waited for asks again, and it ends unsaved."""
+    """A list, empty until SIGINT (Ctrl-C) or SIGTERM comes, which is then in it: time to
+    save and end. Whoever is not waited for asks again, and it ends unsaved."""
     stop = []
     patient_until = 0.0
 
@@ -135,7 +136,8 @@ def stop_signals():
 
 
 def say_stopping():
-    """Answer a signal on stderr at once. print() may be in use just now, or a line of progress."""
+    """Answer a signal on stderr at once. print() may be in use just now, or a line of
+    progress."""
     line = "stopping after this step; saving ... (again: without saving)"
     if WORLD > 1:  # they stop together, when they next exchange their metrics
         line = "stopping after a few steps; saving ..."

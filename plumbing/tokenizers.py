@@ -1,9 +1,9 @@
 """
 Text to tokens and back. A tokenizer is a class and its entry in TOKENIZERS, at the end.
 
-It has kind, its name in the table; size, how many tokens there are; dtype, what a token takes on
-disk; unit, of a loss; end, the token between documents, or None; state, what JSON and checkpoints
-keep of it; and learn, encode, encode_all and pieces.
+It has kind, its name in the table; size, how many tokens there are; dtype, what a token
+takes on disk; unit, of a loss; end, the token between documents, or None; state, what JSON
+and checkpoints keep of it; and learn, encode, encode_all and pieces.
 """
 
 import itertools
@@ -50,9 +50,9 @@ class Tokenizer:
         return np.concatenate(parts[1:])
 
     def pieces(self, ids):
-        """The text of each token: what it adds to that of the few before it. A character may need
-        several tokens, and stands with the last; a word may begin with a space that shows only
-        after another word."""
+        """The text of each token: what it adds to that of the few before it. A character
+        may need several tokens, and stands with the last; a word may begin with a space
+        that shows only after another word."""
         pieces = []
         before = 0  # where to decode from: the beginning of a whole character
         shown = 0  # how many tokens have their text
@@ -93,8 +93,9 @@ class Characters(Tokenizer):
 
 
 class GPT2(Tokenizer):
-    """GPT-2's byte pairs, by tiktoken, which downloads them once, or has them in the folder that
-    the environment variable TIKTOKEN_CACHE_DIR names. <|endoftext|> between documents."""
+    """GPT-2's byte pairs, by tiktoken, which downloads them once, or has them in the folder
+    that the environment variable TIKTOKEN_CACHE_DIR names. <|endoftext|> between
+    documents."""
 
     kind = "gpt2"
 
@@ -164,8 +165,8 @@ TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their fold
 
 
 def learn(name, batches):
-    """The tokenizer of that name, or in a folder with tokenizer.json. The batches of texts decide
-    which characters there are."""
+    """The tokenizer of that name, or in a folder with tokenizer.json. The batches of texts
+    decide which characters there are."""
     if name not in TOKENIZERS:
         return HuggingFace.at(name)
     if name != "char":

@@ -32,7 +32,7 @@ def state(**more):
     return {"model_name": "linear", "config": config, "step": 7, "model": model} | more
 
 
-# ---- files -----------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------
 
 
 def test_what_is_no_checkpoint():
@@ -91,7 +91,7 @@ def test_files_are_whole(error, kind, message):
         checkpoint.write_file("out/a/b", lambda path: path.write_text("below a file"))
 
 
-# ---- one run in a folder ---------------------------------------------------------------------
+# ---- one run in a folder -------------------------------------------------------------------
 
 
 def test_one_run_at_a_time():
@@ -118,7 +118,8 @@ def test_one_run_at_a_time():
 
 
 def test_an_earlier_run_is_moved_and_nothing_else(work, capsys):
-    """Beside the folder itself, where a link leads to one. A name that is taken is left alone."""
+    """Beside the folder itself, where a link leads to one. A name that is taken is left
+    alone."""
     Path("real").mkdir()
     Path("real.1").mkdir()
     Path("out").symlink_to("real")
@@ -138,12 +139,12 @@ def test_an_earlier_run_is_moved_and_nothing_else(work, capsys):
     }
 
 
-# ---- the log ---------------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------
 
 
 def test_the_log():
-    """A run that goes on drops what is younger than its checkpoint, and half a line, the end of
-    a run that was killed. A new run moves the log away."""
+    """A run that goes on drops what is younger than its checkpoint, and half a line, the
+    end of a run that was killed. A new run moves the log away."""
     with pytest.raises(UserError, match="cannot read out.log.jsonl"):
         checkpoint.read_log("out")
     Path("out").mkdir()
@@ -165,7 +166,7 @@ def test_the_log():
     assert checkpoint.read_log("out.1") == [header, *rows[:2]]
 
 
-# ---- going on --------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""plumbing/data.py, tokenizers.py and films.py: the right tokens, and nothing half-written, ever.
+"""plumbing/data.py, tokenizers.py and films.py: the right tokens, and nothing half-written,
+ever.
 
-The tokenizer here has GPT-2's rule for cutting text into words and a few merges of its own, so that
-no vocabulary needs to be there.
+The tokenizer here has GPT-2's rule for cutting text into words and a few merges of its own,
+so that no vocabulary needs to be there.
 """
 
 import errno
@@ -58,7 +59,7 @@ def fails(message, *a, **kw):
     assert "\n" not in str(e.value)
 
 
-# ---- the right tokens ------------------------------------------------------------------------
+# ---- the right tokens ----------------------------------------------------------------------
 
 
 def test_tokens_are_those_of_the_text():
@@ -78,8 +79,9 @@ def test_tokens_are_those_of_the_text():
 
 @pytest.mark.parametrize("size", [1, 2, 256])
 def test_documents_are_separated(monkeypatch, size):
-    """Lines of a .jsonl, and files of a folder in the order of their names: the end-of-text token,
-    or a line end, stands between documents and nowhere else. What looks like it is plain text."""
+    """Lines of a .jsonl, and files of a folder in the order of their names: the end-of-text
+    token, or a line end, stands between documents and nowhere else. What looks like it is
+    plain text."""
     monkeypatch.setattr(data, "BATCH", size)
     Path("docs/deep").mkdir(parents=True)
     Path("docs/.git").mkdir()
@@ -127,8 +129,8 @@ def test_many_characters_need_four_bytes():
 
 
 def test_openwebtext(work, monkeypatch):
-    """With the real package, and a folder in place of the hub: nanoGPT's split, GPT-2's tokens, a
-    separator between documents."""
+    """With the real package, and a folder in place of the hub: nanoGPT's split, GPT-2's
+    tokens, a separator between documents."""
     monkeypatch.setenv("HF_HOME", str(work / "cache"))
     datasets = pytest.importorskip("datasets")
     arrow = pytest.importorskip("pyarrow")
@@ -193,7 +195,7 @@ def test_a_character_of_several_tokens():
     assert tokenizers.GPT2().encode("a\ud800").tolist() == TOY.encode_ordinary("a?")
 
 
-# ---- nothing half-written --------------------------------------------------------------------
+# ---- nothing half-written ------------------------------------------------------------------
 
 
 def test_kept_until_the_text_changes():
@@ -208,8 +210,8 @@ def test_kept_until_the_text_changes():
 
 
 def test_killed_preparation_starts_again():
-    """kill -9 in the middle of it: no folder of tokens, and the next start makes the same ones as
-    a first one. Here each document takes its time."""
+    """kill -9 in the middle of it: no folder of tokens, and the next start makes the same
+    ones as a first one. Here each document takes its time."""
     lines = [json.dumps({"text": f"to be {i}"}) + "\n" for i in range(1000)]
     Path("a.jsonl").write_text("".join(lines))
     want = load("a.jsonl").sha256
@@ -227,18 +229,19 @@ def test_killed_preparation_starts_again():
     assert not list(Path("again").glob("*.tmp"))
 
 
-# ---- texts that are none ---------------------------------------------------------------------
+# ---- texts that are none -------------------------------------------------------------------
 
 
 def test_a_file_that_cannot_be_read(monkeypatch):
-    """Also in its middle, the file is named: /proc/self/mem opens, and its first byte is none."""
+    """Also in its middle, the file is named: /proc/self/mem opens, and its first byte is
+    none."""
     Path("mem.txt").symlink_to("/proc/self/mem")
     if not Path("mem.txt").exists():
         pytest.skip("no file that breaks off")
     fails(f"cannot read mem.txt: {os.strerror(errno.EIO)}", "mem.txt")
 
 
-# ---- films -----------------------------------------------------------------------------------
+# ---- films ---------------------------------------------------------------------------------
 
 CELLS = ("###", "##.", "#.#", "#..", ".##", ".#.", "..#", "...")
 RULE_30 = dict(zip(CELLS, "...####.", strict=True))

@@ -220,7 +220,7 @@ def test_a_mistake_costs_one_line(world, monkeypatch, capfd, command, line):
     assert files() == before
 
 
-# ---- what goes wrong around them -------------------------------------------------------------
+# ---- what goes wrong around them -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ def test_stdout_that_takes_no_more(world, where):
     assert got.returncode == 1 and re.fullmatch(line, got.stderr), got.stderr
 
 
-# ---- impatience ------------------------------------------------------------------------------
+# ---- impatience ----------------------------------------------------------------------------
 
 GO_ON = "all saved; go on with: python train_char.py --resume --out_dir out"
 
@@ -422,8 +422,8 @@ FROM_OUTSIDE = [
 @pytest.mark.parametrize("model,number", FROM_OUTSIDE)
 def test_a_signal_from_outside(work, model, number):
     """SIGTERM saves, and kill -9 may come while the run trains, validates or writes. Both
-    checkpoints always load, the folder is free, and with --resume it is the unbroken run, bit for
-    bit, with its log."""
+    checkpoints always load, the folder is free, and with --resume it is the unbroken run,
+    bit for bit, with its log."""
     flags = f"{BASE} --model {model} --max_iters 3000 --warmup_iters 10 "
     flags += "--eval_windows 2 --eval_interval 1 --log_interval 1"
     argv = [sys.executable, str(ROOT / "train_char.py"), *flags.split()]

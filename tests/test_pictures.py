@@ -14,8 +14,8 @@ SAMPLES = [(["a", "</script>", "\n", "é&"], [2, -1, 0, 1]), (["b"], [0])]
 
 
 def test_render():
-    """0 is the first call, 9 the last. A line end shows and breaks the line, what was given has
-    a dot, and what is not printable never reaches the terminal."""
+    """0 is the first call, 9 the last. A line end shows and breaks the line, what was given
+    has a dot, and what is not printable never reaches the terminal."""
     assert pictures.render("ab\nc", [-1, 0, 9, 5], colour=False) == "ab↵\n.09\nc\n4"
     assert pictures.render("\x1b[", [1, 1], colour=False) == "·[\n00"
     coloured = pictures.render("abc", [-1, 0, 99], colour=True)
@@ -59,7 +59,8 @@ def test_a_picture():
 
 
 def test_a_chart():
-    """Points in their places, between axes that have their labels; one line for each series."""
+    """Points in their places, between axes that have their labels; one line for each
+    series."""
     assert charts.ticks(0, 800) == [0, 200, 400, 600, 800]
     series = {"a<b": [(0, 1.0, 0.0), (100, 3.0, 0.5)], "c": [(50, 2.0, 0.0)]}
     root = ET.fromstring(charts.chart(series, "steps & more", "nats"))

@@ -1,5 +1,5 @@
-"""plumbing/processes.py: signals as a terminal, a shell or a scheduler sends them, and processes
-that agree."""
+"""plumbing/processes.py: signals as a terminal, a shell or a scheduler sends them, and
+processes that agree."""
 
 import os
 import signal
@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[1]
 ACK = "\nstopping after this step; saving ... (again: without saving)\n"
 
 
-# ---- signals ---------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------
 
 
 def test_the_first_signal_is_answered_at_once(capfd, monkeypatch):
-    """What comes soon after it means the same, and later it means: do not wait for the save. The
-    old handlers come back."""
+    """What comes soon after it means the same, and later it means: do not wait for the
+    save. The old handlers come back."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with processes.stop_signals() as stop:
         assert not stop
@@ -63,7 +63,7 @@ def test_torchrun_sends_signals_twice(capfd, monkeypatch):
         assert stop == [signal.SIGINT] and capfd.readouterr().err == said
 
 
-# ---- processes -------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99", "mps"])
@@ -112,7 +112,8 @@ except ValueError:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
-    """Of a loss over all of the batch, whatever the dtype; what is not used keeps no gradient."""
+    """Of a loss over all of the batch, whatever the dtype; what is not used keeps no
+    gradient."""
     monkeypatch.chdir(tmp_path)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -54,7 +54,7 @@ def load(model):
     return sample.checkpoint.load(Path(model, "ckpt.pt"), train_char.make_model)
 
 
-# ---- on the command line ---------------------------------------------------------------------
+# ---- on the command line -------------------------------------------------------------------
 
 
 def test_prompt_seed_and_order(draw):
@@ -124,7 +124,7 @@ def test_length(draw):
     assert all(text.startswith("to be, or not to be") for text in texts(out))
 
 
-# ---- beyond the window -----------------------------------------------------------------------
+# ---- beyond the window ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [3, 16, 20])
@@ -154,12 +154,14 @@ def test_texts_beyond_the_window(monkeypatch, model, given):
     assert torch.equal(x[:, :given], prompt)
     assert (at[:, :given] == -1).all() and (at[:, given:] >= 0).all()
 
-    n, last_call = given, -1
+    n = given
+    last_call = -1
     for z, y, _ in windows:
         begin = 0 if n < L else n - keep
         assert torch.equal(z[:, : n - begin], x[:, begin:n])
         assert (z[:, n - begin :] == net.mask_id).all()
-        before, n = n, min(45, begin + L)
+        before = n
+        n = min(45, begin + L)
         assert z.shape[1] == -(-(n - begin) // K) * K  # no more than its whole blocks
         assert torch.equal(y[:, : n - begin], x[:, begin:n])
         assert at[:, before:n].min() > last_call

@@ -115,7 +115,7 @@ def reload():
     return train_char.Settings(**ckpt["settings"]), model.eval(), ckpt["best"]
 
 
-# ---- training --------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------
 
 BY_TIME = [pytest.param(f"{name}-by-time", marks=pytest.mark.slow) for name in ("mdm", "lomdm")]
 
@@ -259,13 +259,13 @@ def test_presets(work, monkeypatch):
     assert s["data"] == "automaton" and s["seq_len"] == 68
 
 
-# ---- resumption ------------------------------------------------------------------------------
+# ---- resumption ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", SIX)
 def test_resume_is_exact(work, model):
-    """A run that a signal stopped in step 4 and again in step 7 is the unbroken run, bit for bit.
-    Another seed is another run."""
+    """A run that a signal stopped in step 4 and again in step 7 is the unbroken run, bit
+    for bit. Another seed is another run."""
     flags = f"--model {model} --dropout 0.1 --max_iters 10 --eval_interval 3 --log_interval 1"
     train(f"{flags} --out_dir whole")
     stopped(4, f"{flags} --out_dir parts")
@@ -279,8 +279,8 @@ def test_resume_is_exact(work, model):
 
 
 def test_resume_remembers_the_best(work, capsys):
-    """A checkpoint that is worse than one before the stop does not become ckpt.pt. A finished run
-    is left as it is."""
+    """A checkpoint that is worse than one before the stop does not become ckpt.pt. A
+    finished run is left as it is."""
     train("--max_iters 2 --eval_interval 1")
     torch.save(checkpoint("out/last.pt") | {"best": 0.5}, "out/last.pt")
     before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
@@ -294,7 +294,8 @@ def test_resume_remembers_the_best(work, capsys):
 
 
 def test_resume_survives_a_move(work):
-    """A folder that was renamed goes on where it is, and may have other steps and another rate."""
+    """A folder that was renamed goes on where it is, and may have other steps and another
+    rate."""
     train("--max_iters 4 --out_dir before")
     Path("before").rename("after")
     Path("text.txt").rename("moved.txt")
@@ -304,7 +305,7 @@ def test_resume_survives_a_move(work):
     assert figures("after", "lr")[6] <= 1e-5
 
 
-# ---- validation ------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------
 
 
 def validation_windows():
@@ -392,7 +393,7 @@ def test_windows_of_a_list_begin_with_its_texts(work, monkeypatch):
     assert (x[:, 3] == colon).all() and len(x) == 3 * 16 + 30
 
 
-# ---- from an ARM -----------------------------------------------------------------------------
+# ---- from an ARM ---------------------------------------------------------------------------
 
 ADAPT = f"--data text.txt {QUIET} --batch_size 4 --max_iters 1 --model a3 --init_from arm "
 
@@ -415,7 +416,7 @@ def test_a3_starts_from_an_arm(work):
         train("--data other.txt", base=ADAPT)
 
 
-# ---- several processes -----------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
