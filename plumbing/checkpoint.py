@@ -80,8 +80,9 @@ def load(path, make, device="cpu"):
     UserError if the file is missing, cut off, or of another version of the code."""
     path = Path(path)
     if not path.is_file():
-        young = path.with_name("last.pt").is_file()
-        how = "not validated yet, --resume goes on" if young else "train a model with --out_dir"
+        how = f"train one: python train_char.py --out_dir {path.parent}"
+        if path.with_name("last.pt").is_file():
+            how = "not validated yet, --resume goes on"
         raise UserError(f"no checkpoint at {path}; {how}")
 
     try:

@@ -43,7 +43,7 @@ def test_what_is_no_checkpoint():
             checkpoint.load(path, make)
         assert "\n" not in str(e.value)
 
-    fails("out/ckpt.pt", "no checkpoint at out.ckpt.pt; train a model")
+    fails("out/ckpt.pt", "no checkpoint at out.ckpt.pt; train one: python")
     path = Path("out/last.pt")
     checkpoint.save(path, state())
     fails("out/ckpt.pt", "no checkpoint at out.ckpt.pt; not validated yet, --resume goes on")

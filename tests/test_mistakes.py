@@ -114,7 +114,7 @@ error: cannot write text.txt/a.html: ..
 
 -- going on --
 $ train --resume                                        # no run is there
-error: no checkpoint at out/last.pt; train a model with --out_dir
+error: no checkpoint at out/last.pt; train one: python train_char.py --out_dir out
 $ train --resume --out_dir good --n_layer 2             # a flag that the run has otherwise
 error: --n_layer is 1 in good; leave it out, or start without --resume
 $ train --resume --out_dir good --data other.txt        # another text
@@ -126,7 +126,7 @@ error: old/last.pt was not written by this version of train_char.py; train again
 
 -- samples --
 $ sample --out_dir nowhere                              # no run is there
-error: no checkpoint at nowhere/ckpt.pt; train a model with --out_dir
+error: no checkpoint at nowhere/ckpt.pt; train one: python train_char.py --out_dir nowhere
 $ sample --out_dir young                                # a run without a validation so far
 error: no checkpoint at young/ckpt.pt; not validated yet, --resume goes on
 $ sample --prompt 'to Be'                               # a character that was not in the text
