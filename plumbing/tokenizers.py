@@ -150,8 +150,11 @@ class HuggingFace(Tokenizer):
         end = None
         config = Path(folder, "tokenizer_config.json")
         if config.is_file():
-            end = json.loads(config.read_text("utf-8")).get("eos_token")
-            end = end["content"] if isinstance(end, dict) else end
+            try:
+                end = json.loads(config.read_text("utf-8")).get("eos_token")
+                end = end["content"] if isinstance(end, dict) else end
+            except (ValueError, AttributeError, KeyError):
+                raise UserError(f"{config} is damaged") from None
         return cls([Path(folder, "tokenizer.json").read_text("utf-8"), end])
 
     def encode_each(self, texts):
