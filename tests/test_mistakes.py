@@ -437,7 +437,7 @@ def test_a_signal_from_outside(work, model, number):
         assert run.returncode == 128 + number and last_line(err).endswith(GO_ON)
 
     at = checkpoint("out/last.pt")["step"]
-    assert at >= 2 and checkpoint("out/ckpt.pt")["step"] <= at
+    assert at >= 2 and checkpoint("out/ckpt.pt")["step"] <= at + 1  # it is written first
     stopped(at + 3, "--resume", base="")
     stopped(at + 3, f"{flags} --out_dir whole", base="")
     same_runs("whole", "out")
