@@ -150,27 +150,21 @@ def log(out, **values):
             f.write(json.dumps(values) + "\n")
 
 
-def rows_of(out):
-    """The header and the lines of log.jsonl, as dicts, without half a line of a killed run."""
+def read_log(out):
+    """[header, row, ..], without half a line of a run that was killed. UserError if there is no
+    log."""
+    path = Path(out) / "log.jsonl"
+    need(path.is_file(), f"cannot read {path}: no such file")
     rows = []
-    for line in (Path(out) / "log.jsonl").read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
 
-def read_log(out):
-    """[header, row, ..]. UserError if there is none."""
-    path = Path(out) / "log.jsonl"
-    need(path.is_file(), f"cannot read {path}: no such file")
-    rows = rows_of(out)
-    need(rows and "settings" in rows[0], f"{path} does not begin with the settings of a run")
-    return rows
-
-
 def trim_log(out, step):
     """Drop what is younger than the checkpoint, as it will come again."""
-    rows = [row for row in rows_of(out) if row.get("step", 0) <= step]
+    rows = [row for row in read_log(out) if row.get("step", 0) <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_file(Path(out) / "log.jsonl", lambda path: path.write_text(text, "utf-8"))
 
