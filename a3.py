@@ -28,9 +28,12 @@ every position is computed twice, with the same weights. These are the two strea
     content h_i   knows x_i, and sees the content of its own and earlier groups
     query q_i     knows i but not x_i, and sees the content of earlier groups
 
-Nobody sees a query. Its last state gives p(x_i | ..) = softmax(W q_i). Take the text a b c d
-with the groups 1 0 2 0: first b and d at once, then a, then c. A row sees a column where there
-is a #:
+Nobody sees a query. Its last state gives p(x_i | ..) = softmax(W q_i).
+
+As in a GPT, the sequence begins with a start token, which all may see. It is in slot 0, and
+the content of token i in slot i + 1. The query for token i stands one slot before, in slot i,
+where a GPT predicts it. Take the text a b c d with the groups 1 0 2 0: first b and d at once,
+then a, then c. A row sees a column where there is a #:
 
     slot              0     1  2  3  4        slot              0     1  2  3  4
                     start   a  b  c  d                        start   a  b  c  d
@@ -40,12 +43,11 @@ is a #:
              c        #     #  #  #  #               d?  3      #
              d        #        #     #
 
-Token i is in slot i + 1, behind a start token that all may see. As in a GPT, the query for
-token i stands in slot i, where token i - 1 is. If it may see token i - 1, it begins as that
-token's embedding, otherwise as one learned vector. Left to right each query is then exactly
-what a GPT computes in that slot, and so a trained GPT can be loaded as an A3 that predicts
-what it predicted. (In the paper all queries begin as the learned vector:
-left_neighbour=False.)
+The query for token i shares its slot with token i - 1. If it may see that token, it begins as
+its embedding, otherwise as one learned vector. Left to right each query then begins as a GPT's
+state in that slot does, and sees the same, so it computes the same. A trained GPT can be
+loaded as an A3 that predicts what it predicted. (In the paper all queries begin as the learned
+vector: left_neighbour=False.)
 
 The sections of this file:
 
@@ -99,23 +101,25 @@ class Config:
 
 
 def chunk_groups(B, L, size=1, device=None):
-    """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L)
-    long."""
+    """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L),
+    int64."""
     need(size >= 1, f"the size of a group must be at least 1, not {size}")
     return (torch.arange(L, device=device) // size).repeat(B, 1)
 
 
 def random_groups(B, L, size=1, generator=None, device=None):
-    """A random order for each text, cut into groups of `size`: groups (B, L) long."""
-    rank = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)  # a permutation
-    return chunk_groups(B, L, size, device).gather(1, rank)
+    """A random order for each text, cut into groups of `size`: groups (B, L),
+    int64."""
+    order = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)
+    return chunk_groups(B, L, size, device).gather(1, order)
 
 
 def ranks(groups):
-    """The groups (B, L) with a number of its own, below 0, for each given token. Given tokens
-    are read one by one: in the order of their numbers, and from left to right where these are
-    equal."""
-    place = groups.argsort(dim=1, stable=True).argsort(dim=1)  # 0 .. L - 1, given tokens first
+    """When each token is read, (B, L): the number of its group, for a token that is predicted.
+    Given tokens come before, one by one as a GPT reads a prompt, with the numbers -L, -L + 1,
+    ..: in the order of their groups, and from left to right where these are equal."""
+    order = groups.argsort(dim=1, stable=True)
+    place = order.argsort(dim=1)  # where each token is in this order: 0 .. L - 1, given first
     return torch.where(groups < 0, place - groups.shape[1], groups)
 
 
@@ -212,9 +216,9 @@ class Block(nn.Module):
 class A3(nn.Module):
     """Exact likelihoods and samples for any ordered partition of the positions.
 
-    Texts x (B, L) and groups (B, L) are long, L <= seq_len. Everything is in nats."""
+    Texts x (B, L) and groups (B, L) are int64, L <= seq_len. Everything is in nats."""
 
-    Block = Block  # for those who build on this class
+    Block = Block  # beyond/llama.py has another
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +254,7 @@ class A3(nn.Module):
         if groups is not None:
             same = groups.shape == x.shape and groups.dtype == torch.long
             what = f"not {tuple(x.shape)} and {tuple(groups.shape)} {groups.dtype}"
-            need(same, f"x and groups must both be (B, L), and groups long, {what}")
+            need(same, f"x and groups must both be (B, L), and groups int64, {what}")
 
     def left_neighbours(self, x, visible):
         """The token on the left of each position of x (.., L): the start token for the first
@@ -259,21 +263,21 @@ class A3(nn.Module):
         left = F.pad(left, (1, 0), value=self.start_id)
         return left if self.config.left_neighbour else torch.full_like(left, -1)
 
-    def place(self, slots):
-        """The learned positions of slots (B, n): (B, n, C). The last slot, which a GPT never
-        reads, shares that of the slot before."""
+    def embed_slots(self, slots):
+        """The learned positions of slots (B, n): (B, n, C). There are seq_len + 1 slots. A GPT
+        never reads the last one, so it has no row of its own and shares the one before."""
         return self.wpe(slots.clamp(max=self.config.seq_len - 1))
 
     def embed_content(self, tokens, slots):
         """How content begins, for tokens (B, n) in their slots (B, n): (B, n, C)."""
-        return self.wte(tokens) + self.place(slots)
+        return self.wte(tokens) + self.embed_slots(slots)
 
     def embed_queries(self, left, slots):
         """How queries begin in slots (B, m), for left neighbours (B, m), -1 if hidden: (B, m,
         C)."""
         is_hidden = (left < 0)[..., None]
         q = torch.where(is_hidden, self.query, self.wte(left.clamp(min=0)))
-        return q + self.place(slots)
+        return q + self.embed_slots(slots)
 
     def rotary(self, slots):
         """cos and sin (B, 1, T, head_dim) for slots (B, T)."""
@@ -333,9 +337,9 @@ class A3(nn.Module):
         return -nll(self, h.flatten(0, 1), x.flatten()).view_as(x) * (groups >= 0)
 
     def loss(self, x, groups=None, single=None):
-        """What training minimises: the mean of -log p over the predicted tokens, nats per
-        token, and a dict of detached metrics. Without groups, every text gets a random
-        order."""
+        """What training minimises: the mean of -log p over the predicted tokens, in nats per
+        token, and a dict of detached metrics. "nelbo" is the negative evidence lower bound,
+        here the loss itself. Without groups, every text gets a random order."""
         self.check(x, groups)
         if groups is None:
             groups, single = random_groups(*x.shape, device=x.device), True
@@ -344,9 +348,9 @@ class A3(nn.Module):
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, order="random", size=1, generator=None):
-        """-log p(x) (B,) in nats, in groups of `size`: exact for the order "left", to right;
-        for "random" orders the mean of n_draws of them, which bounds -log of the mean of p
-        over all."""
+        """-log p(x) (B,) in nats, in groups of `size`. For the order "left", to right, it is
+        exact. For "random" it is the mean of n_draws random orders. Each of them is exact for
+        itself, and their mean is at least -log of the mean of p over all orders."""
         need(order in ("left", "random"), f"order must be 'left' or 'random', not {order!r}")
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
         self.check(x)
@@ -396,13 +400,14 @@ class A3(nn.Module):
         is_open = z == self.mask_id
         groups = is_open.long() - 1  # given -1, open 0: one group, and `by` chooses from it
 
-        # Left to right it is known before which positions come together.
+        # From left to right it is known beforehand which positions come together. They get
+        # groups of their own, so that decode() predicts only these in a call, and not all that
+        # are open.
         if by == "left":
             place = is_open.cumsum(dim=1) - 1  # 0, 1, .. for the open positions
             groups = torch.where(is_open, place // per_step, -1)
 
-        x, rank = self.decode(z, groups, per_step, by, temperature, top_k, **how)
-        return x, rank.clamp(min=-1)
+        return self.decode(z, groups, per_step, by, temperature, top_k, **how)
 
     @torch.no_grad()
     def decode(
@@ -410,18 +415,20 @@ class A3(nn.Module):
         top_p=None, generator=None, cache=True,
     ):  # fmt: skip
         """Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
-        of a group the per_step positions at a time that are first by the rule `by`. Returns x
-        and the groups that this amounts to, for log_prob(): the step of each token, given ones
-        as before."""
+        of a group the per_step positions at a time that are first by the rule `by`.
+
+        Returns x and revealed_at (B, L): the number of the step that filled a position, and
+        the given tokens' groups as they were. As groups for log_prob() these give the
+        probability of what was drawn."""
         self.check(x, groups)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         L = x.shape[1]
         x = x.masked_fill(groups >= 0, self.mask_id)
-        rank = torch.where(groups < 0, groups, L)  # the step that filled a position; L: open
+        revealed_at = torch.where(groups < 0, groups, L)  # L: still open
         read = Cache(self, x) if cache else self.read
 
         for step in range(L):
-            is_open = rank == L
+            is_open = revealed_at == L
             if not is_open.any():
                 break
 
@@ -429,7 +436,7 @@ class A3(nn.Module):
             last = torch.iinfo(torch.long).max
             first = groups.masked_fill(~is_open, last).amin(dim=1, keepdim=True)
             at, real = pack(is_open & (groups == first))  # (B, m); shorter rows are padded
-            logits = read(x, rank, at)  # (B, m, V)
+            logits = read(x, revealed_at, at)  # (B, m, V)
             score = self.score(logits, at, by, generator).masked_fill(~real, -torch.inf)
             best = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
             at, real = at.gather(1, best), real.gather(1, best)
@@ -441,18 +448,19 @@ class A3(nn.Module):
 
             # Write. Where a row is padded, everything stays as it is.
             x.scatter_(1, at, torch.where(real, token, x.gather(1, at)))
-            rank.scatter_(1, at, torch.where(real, step, rank.gather(1, at)))
-        return x, rank
+            revealed_at.scatter_(1, at, torch.where(real, step, revealed_at.gather(1, at)))
+        return x, revealed_at
 
-    def read(self, x, rank, at):
-        """Logits (B, m, V) at positions `at` (B, m), from all tokens of x (B, L) with rank <
-        L. The open ones are one last group, which nobody sees."""
-        x = x.masked_fill(rank == x.shape[1], 0)
-        return self.forward(x, rank).take_along_dim(at[..., None], dim=1)
+    def read(self, x, revealed_at, at):
+        """Logits (B, m, V) at positions `at` (B, m), from all tokens of x (B, L) that are
+        revealed. The open ones, with revealed_at = L, are one last group, which nobody
+        sees."""
+        x = x.masked_fill(revealed_at == x.shape[1], 0)  # any token: nobody sees it
+        return self.forward(x, revealed_at).take_along_dim(at[..., None], dim=1)
 
     def score(self, logits, at, by, generator):
-        """A score (B, m) for each of the positions `at` (B, m), by rule: the largest come
-        next."""
+        """The rule `by` as a score (B, m) for each of the positions `at` (B, m), with these
+        logits (B, m, V): the largest scores come next."""
         if by == "left":
             return -at.float()
         if by == "random":
@@ -518,7 +526,9 @@ def sorted_features(model, x, groups, single=None):
     """model.features(x, groups), the same (B, L, C).
 
     The added code is so that the usual case, one token a group, needs no mask. Sort the tokens
-    by group, each with its slot. The picture of the top of the file becomes
+    by group, each with its slot. In the example of the top of the file, a b c d with groups
+    1 0 2 0, the order is 1 3 0 2; the content is start b d a in the slots 0 2 4 1, and the
+    queries b? d? a? c? stand in the slots 1 3 0 2. The picture becomes
 
                    start   b  d  a                        start   b  d  a
     content start    #                             b?       #
@@ -529,20 +539,22 @@ def sorted_features(model, x, groups, single=None):
     and with one token a group both tables are exactly a GPT's causal mask. So no (B, L, L)
     table is made, and attention runs in its causal kernel. On a CPU that is no faster at 64
     tokens, and 1.2 times as fast at 1,024. The content of the last token, here c, is left out,
-    as nobody reads it. single: does every group have one token? None finds out, for which a
-    GPU has to stop.
+    as nobody reads it. single says whether every group has one token. If it is None, that is
+    found out here, which makes the CPU wait for a GPU.
     """
     model.check(x, groups)
     L = x.shape[1]
     rank = ranks(groups)
     left = model.left_neighbours(x, visible=rank[:, :-1] < rank[:, 1:])
 
-    # Sort: place p of the sorted text holds position order[p].
+    # Sort the queries: place p of the sorted text holds position order[p].
     order = rank.argsort(dim=1, stable=True)
     rank = rank.gather(1, order)
+    left = left.gather(1, order)
+
+    # The content is one place behind: the start token, then all tokens but the last.
     tokens = F.pad(x.gather(1, order)[:, :-1], (1, 0), value=model.start_id)  # (B, L)
     slots = F.pad(order[:, :-1] + 1, (1, 0))
-    left = left.gather(1, order)
 
     if single is None:
         single = bool((rank[:, 1:] > rank[:, :-1]).all())
@@ -568,36 +580,40 @@ class Cache:
     def __init__(self, model, x):
         self.model = model
         self.committed = torch.zeros_like(x, dtype=torch.bool)  # which tokens are in memory
-        self.ranks = None  # (B, S): the rank of each of the S places in memory
+        self.key_ranks = None  # (B, S): the rank, see ranks(), of each of the S places in memory
         self.keys_values = [None] * len(model.blocks)  # (2, B, n_head, S, head_dim) each
 
-    def __call__(self, x, rank, at):
-        """As A3.read(): logits (B, m, V) at positions `at` (B, m), from all with rank < L."""
+    def __call__(self, x, revealed_at, at):
+        """As A3.read(): logits (B, m, V) at positions `at` (B, m), from all tokens of x (B, L)
+        that are revealed."""
         L = x.shape[1]
-        new = (rank < L) & ~self.committed
+        is_revealed = revealed_at < L
+        new = is_revealed & ~self.committed
         self.committed |= new
 
-        # Commit what is new, in slots one behind the positions. What pads short rows has rank
-        # L.
+        # What is new comes into memory, each token in the slot behind its position. Once it is
+        # revealed, its rank stays. Rows with fewer new tokens are padded with places of rank
+        # L. The queries see all ranks below L, so nobody sees these.
         place, real = pack(new)  # (B, n)
         tokens = x.gather(1, place).masked_fill(~real, 0)
         slots = place + 1
-        new_rank = ranks(rank).gather(1, place).masked_fill(~real, L)
-        if self.ranks is None:  # the first call begins with the start token
+        rank = ranks(revealed_at).gather(1, place).masked_fill(~real, L)
+        if self.key_ranks is None:  # the first call begins with the start token
             tokens = F.pad(tokens, (1, 0), value=self.model.start_id)
             slots = F.pad(slots, (1, 0))
-            new_rank = F.pad(new_rank, (1, 0), value=-L - 1)
+            rank = F.pad(rank, (1, 0), value=-L - 1)
 
-        left = self.model.left_neighbours(x, visible=rank[:, :-1] < L).gather(1, at)
-        return self.step(tokens, slots, new_rank, at, left, torch.full_like(at, L))
+        left = self.model.left_neighbours(x, visible=is_revealed[:, :-1]).gather(1, at)
+        return self.step(tokens, slots, rank, at, left, torch.full_like(at, L))
 
     def step(self, tokens, slots, rank, at, left, seen):
         """Commit tokens (B, n) of these ranks (B, n) in their slots (B, n). Then return logits
         (B, m, V) at positions `at` (B, m) with left neighbours (B, m), from everything
         committed with a rank below seen (B, m)."""
         model, n = self.model, tokens.shape[1]
-        self.ranks = rank if self.ranks is None else torch.cat((self.ranks, rank), dim=1)
-        mask = torch.cat(who_sees(self.ranks, rank, seen), dim=2)  # (B, 1, n + m, S)
+        old = self.key_ranks
+        self.key_ranks = rank if old is None else torch.cat((old, rank), dim=1)
+        mask = torch.cat(who_sees(self.key_ranks, rank, seen), dim=2)  # (B, 1, n + m, S)
 
         # Both streams side by side, as one long sequence: few large calls are faster than many
         # small ones. Only the first n places get keys and values.
@@ -609,7 +625,7 @@ class Cache:
             u = block.norm1(h)
             k_v = torch.stack(block.keys_values(u[:, :n], (cos[:, :, :n], sin[:, :, :n])))
             k, v = self.remember(i, k_v)
-            if block is model.blocks[-1]:  # nobody reads the content after the last layer
+            if block is model.blocks[-1]:  # keep the queries: nobody reads the content any more
                 h, u, mask = h[:, n:], u[:, n:], mask[:, :, n:]
                 cos, sin = cos[:, :, n:], sin[:, :, n:]
             h = block.attend(h, block.queries(u, (cos, sin)), k, v, mask)
@@ -636,7 +652,7 @@ def nll(model, h, x):
     backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
-        # ignore_index: by default a token of -100 would cost nothing
+        # ignore_index: by default a wrong id of -100 would cost nothing in place of an error
         return F.cross_entropy(model.logits(h), x, reduction="none", ignore_index=-(2**63))
 
     chunks = zip(h.split(rows), x.split(rows), strict=True)
@@ -651,8 +667,8 @@ def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
     """Progressive adaptation: the stage and the size of groups at step 0, 1, .. of
     total_steps, which are cut into stages by shares. Later steps are as the last.
 
-        stage 1   one token a group, left to right. Queries that begin as one vector learn here
-                  what content knows; with left neighbours a loaded GPT knows it already
+        stage 1   one token a group, left to right. With left_neighbour=False the queries are
+                  new, and learn here to predict. Otherwise a loaded GPT can do it already
         stage 2   chunks of 1, then 2, then 4, a third of the stage each: several at a time
         stage 3   random partitions into groups of group_size: any order"""
     positive = total_steps >= 1 and group_size >= 1

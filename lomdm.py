@@ -100,8 +100,8 @@ class Config:
         need(C % (2 * H) == 0, even)
         L, K = self.seq_len, self.block_len
         need(L % K == 0, f"seq_len ({L}) must be divisible by block_len ({K})")
-        several = K > 1 or not self.learn_order
-        need(several, "learn_order at block_len 1: there is only one order")
+        no_choice = self.learn_order and K == 1
+        need(not no_choice, "learn_order at block_len 1: there is only one order")
         c1, c2 = self.c1, self.c2
         need(c1 > c2 >= 0, f"c1 ({c1}) must be above c2 ({c2}), and c2 not negative")
         kinds = ("normsig", "exp")
@@ -157,8 +157,8 @@ class Block(nn.Module):
     def forward(self, h, rotary, mask, rows=None):
         """h (B, T, C) -> (B, T, C). rotary comes from rotary_tables(). The mask tells who sees
         whom: None if all see all, CAUSAL, or a table (T, T) in which a row sees a column if
-        True. With rows, only the first `rows` places are wanted, (B, rows, C). The others are
-        read."""
+        True. With rows (and a table) only the first `rows` places are computed, (B, rows, C).
+        They still see the others."""
         q, k, v = self.project(h, rotary)
         if rows is not None:
             return self.attend(h[:, :rows], q[:, :, :rows], k, v, mask[:rows])
@@ -224,7 +224,9 @@ class Order(nn.Module):
     of it. The means are over the positions j of i's block.
 
         normsig   w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j))       the paper's
-        exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     up to e^16 to 1
+        exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     far steeper
+
+    With exp the largest weight may be e^16 times the smallest.
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
     It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
@@ -407,8 +409,8 @@ class LoMDM(nn.Module):
         for block in self.blocks[:-1]:
             h = block(h, rotary, mask)
 
-        # The head of a learned order attends to the clean copy once more. Without one, nobody
-        # reads it after the last layer.
+        # The head of a learned order reads the clean copy once more. If no order is learned,
+        # nobody reads the clean copy after the last layer, so it is not computed there.
         L = z.shape[1]
         has_unread_copy = len(pos) > L and not self.config.learn_order
         h = self.blocks[-1](h, rotary, mask, rows=L if has_unread_copy else None)
@@ -459,9 +461,10 @@ class LoMDM(nn.Module):
 
         Without a learned order, this is the six lines at the top of the file. With one,
         autograd cannot see how w changes which order is drawn. REINFORCE can: to the gradient
-        of the cost it adds cost grad log q. That is noisy, but subtracting from this cost any
-        number that does not depend on the order leaves the mean as it is. So draw two orders
-        for each text, at the same k, and subtract the cost of the other one:
+        of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, so any
+        number that does not depend on the order may be subtracted from this cost, and the mean
+        stays as it is. So draw two orders for each text, at the same k, and subtract the cost
+        of the other one:
 
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
@@ -489,7 +492,7 @@ class LoMDM(nn.Module):
         # The bound.
         recon, order_cost, _ = jump_terms(token_nll, w, w_hat, hidden)  # (draws B, n) each
         cost = recon + order_cost
-        per_token = 1 / (draws * B * L)  # with two draws, this holds the halves of (3)
+        per_token = 1 / (draws * B * L)  # two draws: their mean, which is the / 2 of (3)
         nelbo = cost.sum() * per_token
 
         # The part of (3) that autograd does not see. Its value means nothing, its gradient
@@ -554,6 +557,8 @@ class LoMDM(nn.Module):
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         L = z.shape[1]
         K = min(L, self.config.block_len)
+        if by == "order" and not self.config.learn_order:
+            by = "random"  # all weights are equal
         read = CachedReader(self, z) if cache and K < L else self.read
         x, revealed_at = z.clone(), torch.full_like(z, -1)
         call = 0
@@ -564,7 +569,7 @@ class LoMDM(nn.Module):
                 # Where? At the hidden positions that win the race, or have the largest score.
                 h, w_hat = read(x[:, :end], by)
                 score = self.score(h, w_hat, by)  # (B, K)
-                if by in ("order", "random"):
+                if by in ("order", "random"):  # race(): 1 / arrival, the first is the largest
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~hidden, -torch.inf)
                 best = score.argsort(dim=1, descending=True, stable=True)
@@ -575,7 +580,8 @@ class LoMDM(nn.Module):
                 p = probabilities(logits, temperature, top_k, top_p).flatten(0, 1)
                 token = torch.multinomial(p, 1, generator=generator).view_as(pick)
 
-                # Write. A text with fewer than m hidden positions keeps what it has elsewhere.
+                # Write. Where a text has fewer than m hidden positions, pick holds visible
+                # ones, too, and these stay as they are.
                 new = hidden.gather(1, pick)
                 here_x, here_at = x[:, here], revealed_at[:, here]  # views: this writes into x
                 here_x.scatter_(1, pick, torch.where(new, token, here_x.gather(1, pick)))
@@ -665,7 +671,11 @@ def stratified_counts(B, n, K, generator=None, device=None):
     N = B * n
     row = torch.arange(B, device=device)[:, None]
     block = torch.arange(n, device=device)
-    number = (row + block * B // n) % B * n + block  # (B, n): each of 0 .. N-1 once
+
+    # The place of each block on the circle, (B, n): each of 0 .. N-1 once. Column j holds the
+    # places j, j + n, j + 2 n, .., from another row on in each column, so that the places in a
+    # row are far apart. For B = 4 and n = 2 the rows are  0 5,  2 7,  4 1,  6 3.
+    number = (row + block * B // n) % B * n + block
     turn = torch.randint(N * K, (1,), generator=generator, device=device)
     return (number * K + turn) % (N * K) // N  # the share (number + turn / K) / N, times K
 
@@ -693,7 +703,8 @@ class CachedReader:
         model, begin, end = self.model, self.begin, x.shape[1]
         K = min(end, model.config.block_len)
 
-        # Read only what is not finished. A block that is alone sees everything before it.
+        # Read only what is not finished. As a rule that is one block, which sees everything.
+        # After a prompt there are more, which must not see what comes later.
         tokens, pos, _ = model.inputs(x)
         b = pos // K
         mask = b[begin:, None] >= b if end - begin > K else None
@@ -706,11 +717,10 @@ class CachedReader:
             h = self.run(i, block, h, rotary, mask)
         h = model.norm(h)
 
+        # The head of a learned order has a block of its own, and the last memory.
         w_hat = None
-        if by == "order" and model.config.learn_order:
+        if by == "order":
             w_hat = model.g_hat.weigh(self.run(-1, model.g_hat.block, h, rotary, mask))[:, -K:]
-        elif by == "order":
-            w_hat = model.g_hat(h, rotary, mask)[:, -K:]
 
         # An ARM reads the token before each position, so it has read finished tokens only.
         # Other models have just read a block with hidden tokens, and will read it again.
@@ -739,7 +749,7 @@ def nll(model, h, x):
     backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
-        # ignore_index: by default a token of -100 would cost nothing
+        # ignore_index: by default a wrong id of -100 would cost nothing in place of an error
         return F.cross_entropy(model.logits(h), x, reduction="none", ignore_index=-(2**63))
 
     chunks = zip(h.split(rows), x.split(rows), strict=True)
@@ -758,26 +768,32 @@ def nll(model, h, x):
 #
 #     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                               (4)
 #
-# which means: in a short time dt with probability A^i dt. LoMDM takes alpha^i = 1 - t^{w_i},
-# so A^i = w_i / t. All hidden positions share the factor 1 / t, so the next one is i with
+# which means: in a short time dt with probability A^i dt. (The i of alpha^i and A^i is an
+# index, as in the papers, and not a power.) LoMDM takes alpha^i = 1 - t^{w_i}, so A^i = w_i /
+# t. All hidden positions share the factor 1 / t, so the next one is i with
 # probability w_i / W. That is the race of section 2: i is hidden at time t with probability
 # t^{w_i}, which is the probability that Exponential(1) / w_i is more than -log t.
 #
-# The model does the same at a rate of its own, A_hat^i = w_hat_i / t. In each dt the noise
-# tosses a coin with probability A dt, and the model one with A_hat dt. Their KL divergence, to
-# first order in dt, is (A log(A / A_hat) - A + A_hat) dt. Added up over time,
+# The model reveals at a rate of its own, A_hat^i = w_hat_i / t. So in each dt, backwards in
+# time, a coin with probability A dt says what the noise reveals, and one with A_hat dt what
+# the model does. The KL divergence of the two coins, to first order in dt, is
+# (A log(A / A_hat) - A + A_hat) dt. Added up over time,
 #
 #     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))             token    (5)
 #                            + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt         order
 #
 # Part of the order's cost compares *when* something is revealed. With W and W_hat the sums
-# over the hidden positions it is [W log(W / W_hat) - W + W_hat] / t, at least 0. The text
-# depends on the order only, so that part can go. What is left is (2), never larger. In
-# jump_terms() that part is `timing`. There it is divided by W: steps come at the rate W / t,
-# so a sum of g / W over the steps has the mean of the integral of g / t over time.
+# over the hidden positions it is [W log(W / W_hat) - W + W_hat] / t, at least 0. When a token
+# came does not change the text, only the order in which tokens came does. So a bound need not
+# pay for times, and that part can go. What is left is (2), never larger. In jump_terms() that
+# part is `timing`, divided by W, for in dt there is a step with probability (W / t) dt:
 #
-# Why not train on (5), at a random time? Its weight w / t is large where t is small, and its
-# variance is infinite if w <= 1. With orders no weight is larger than K.
+#     int g / t dt  =  int (g / W) (W / t) dt  =  E [ sum over the steps of g / W ]
+#
+# Why not train on (5), at a random time? It has the weight w / t, which is large where t is
+# small. Something is hidden there with probability about t^w, so its square has a mean like
+# the integral of t^w / t^2, which is infinite if w <= 1. With orders no weight is larger than
+# K.
 
 
 def schedule(tau, w=1.0, speed=1):
@@ -794,8 +810,8 @@ def schedule(tau, w=1.0, speed=1):
 
 def block_clocks(t, L, K):
     """While t (B, 1) falls from 1 to 0, the n = L / K blocks take turns, block 0 first. Each
-    has a clock that runs n times as fast: tau_b(t) = clamp(n t - (n - 1 - b), 0, 1). Returns
-    (B, L)."""
+    has a clock that runs n times as fast: tau_b(t) = clamp(n t - (n - 1 - b), 0, 1). With two
+    blocks and t = 0.75, block 0 stands at 0.5 and block 1 still at 1. Returns (B, L)."""
     n = L // K
     b = torch.arange(L, device=t.device) // K
     return (n * t - (n - 1 - b)).clamp(0, 1)
@@ -811,31 +827,40 @@ def nelbo_rate(log_probs, x, hidden, velocity, velocity_hat):
     return (A * token_nll * hidden).sum(-1), (order * hidden).sum(-1)
 
 
+def nelbo_terms_at(model, x, t, w, generator=None):
+    """(5) for texts x (B, L) at times t (B, 1), with weights w (B, L) and one z each. model:
+    any LoMDM. Returns recon and order (B,), and log q(z | x) (B,)."""
+    L = x.shape[1]
+    K = min(L, model.config.block_len)
+    tau = block_clocks(t, L, K)  # (B, L)
+    alpha, velocity = schedule(tau, w, speed=L // K)
+    alpha, velocity = alpha.expand(x.shape), velocity.expand(x.shape)
+    hidden = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
+
+    # One block at a time is noisy, and those before it are clean: no clean copy is needed.
+    h, attention = model.features(x.masked_fill(hidden, model.mask_id))
+    _, velocity_hat = schedule(tau, model.g_hat(h, *attention), speed=L // K)
+    log_mu = F.log_softmax(model.logits(h), dim=-1)  # (B, L, V)
+    recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
+
+    # Each position is hidden on its own. A probability of 0 is never drawn, but its logarithm
+    # would be differentiated, hence clamp().
+    visible = alpha.clamp(1e-6, 1 - 1e-6)
+    log_q = torch.where(hidden, (1 - visible).log(), visible.log()).sum(-1)
+    return recon, order, log_q
+
+
+def nelbo_at(model, x, t, generator=None):
+    """The integrand of (5) for texts x (B, L) at times t (B, 1), one noisy text each: recon
+    and order (B,). The mean over uniform t is the papers' bound. model: any LoMDM."""
+    recon, order, _ = nelbo_terms_at(model, x, t, model.order_weights(x), generator)
+    return recon, order
+
+
 class ByTime(LoMDM):
     """LoMDM, trained as in the papers: the bound (5) at one random time for each text. It has
     the mean of LoMDM.loss() plus the cost of guessing the times, and is noisier.
     Checkpoints of the two classes fit each other."""
-
-    def at_times(self, x, t, w, generator=None):
-        """(5) for texts x (B, L) at times t (B, 1), with weights w (B, L) and one z each.
-        Returns recon and order (B,), and log q(z | x) (B,)."""
-        L = x.shape[1]
-        K = min(L, self.config.block_len)
-        tau = block_clocks(t, L, K)  # (B, L)
-        alpha, velocity = schedule(tau, w, speed=L // K)
-        alpha, velocity = alpha.expand(x.shape), velocity.expand(x.shape)
-        hidden = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
-
-        h, attention = self.features(x.masked_fill(hidden, self.mask_id))
-        _, velocity_hat = schedule(tau, self.g_hat(h, *attention), speed=L // K)
-        log_mu = F.log_softmax(self.logits(h), dim=-1)  # (B, L, V)
-        recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
-
-        # Each position is hidden on its own. A probability of 0 is never drawn, but its
-        # logarithm would be differentiated, hence clamp().
-        visible = alpha.clamp(1e-6, 1 - 1e-6)
-        log_q = torch.where(hidden, (1 - visible).log(), visible.log()).sum(-1)
-        return recon, order, log_q
 
     def loss(self, x, t=None):
         """As LoMDM.loss(), at times t (B, 1). By default these are spread evenly over the
@@ -849,7 +874,7 @@ class ByTime(LoMDM):
 
         text_weights = self.order_weights(x)  # (B, L)
         repeated = (each.repeat(draws, 1) for each in (x, t, text_weights))
-        recon, order, log_q = self.at_times(*repeated)  # (draws B,) each
+        recon, order, log_q = nelbo_terms_at(self, *repeated)  # (draws B,) each
 
         per_token = 1 / (draws * B * L)
         cost = recon + order
@@ -866,10 +891,3 @@ class ByTime(LoMDM):
             "w_spread": text_weights.std(correction=0) / text_weights.mean(),
         }
         return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def nelbo_at(model, x, t, generator=None):
-    """The integrand of (5) for texts x (B, L) at times t (B, 1), one noisy text each: recon
-    and order (B,). The mean over uniform t is the papers' bound. model: any LoMDM."""
-    recon, order, _ = ByTime.at_times(model, x, t, model.order_weights(x), generator)
-    return recon, order

@@ -8,6 +8,7 @@ Print samples from a checkpoint of train_char.py, and when each character was re
     python sample.py --html out.html --svg out.svg       a page that plays it, and a still
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def check_model(s, model, name, n):
     need(alone, "--drafts: with --per_step 1, by left or order")
     is_loa3 = isinstance(model, loa3.LoA3)
     need(s.by != "order" or is_loa3 or not is_a3, f"--by order: {name} has not learned one")
-    K = getattr(model.config, "block_len", s.per_step)
+    K = getattr(model.config, "block_len", s.per_step)  # an A3 has no blocks, and no limit
     need(s.per_step <= K, f"--per_step: {name} fills in a block of {K} at most in one call")
 
 
@@ -101,7 +102,7 @@ def template(s, tokenizer, mask_id):
 
 def fill(model, s, z, generator):
     """z (N, L) with its gaps filled, and the call that revealed each token, -1 if given. With
-    drafts it is the token's number."""
+    drafts it is the token's place in the order."""
     how = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
     if s.drafts == 1:
         by = {"by": s.by} if s.by else {}
@@ -122,20 +123,23 @@ def write(model, s, x, length, end, generator):
     its window the model reads the last half of one, in whole blocks, and fills the other.
 
     A short text is followed by [MASK]s up to the end of its block, as a diffusion model has
-    only seen whole ones. They get filled, too: the text is drawn as if it went on in every
-    possible way. An ARM and an A3 have blocks of one: what is not asked for is not there."""
+    only seen whole ones. They get filled, too, and thrown away. An ARM and an A3 have blocks
+    of one, so there is nothing to throw away."""
     L = model.config.seq_len
     K = getattr(model.config, "block_len", 1)
-    keep = L // 2 // K * K or L // 2
+    keep = L // 2 // K * K or L // 2  # what the next window reads again; K > L / 2: half of it
     revealed_at = torch.full_like(x, -1)
     calls = 0
 
     while True:
-        # The window: where it begins, and what it holds.
+        # The window begins where the text does, as long as that is in reach, and later `keep`
+        # tokens before the end of what is there. It reaches to its full length L or to the end
+        # of what is wanted, and then to the end of a block.
         n = x.shape[1]
-        begin = 0 if n < L or n == length else n - keep
+        begin = 0 if n < L or length <= L else n - keep
         wanted = min(L, length - begin)
-        z = x.new_full((len(x), -(-wanted // K) * K), model.mask_id)  # whole blocks
+        whole_blocks = math.ceil(wanted / K) * K
+        z = x.new_full((len(x), whole_blocks), model.mask_id)
         z[:, : n - begin] = x[:, begin:]
 
         # Fill it, and put it where it belongs.
@@ -153,7 +157,7 @@ def write(model, s, x, length, end, generator):
 
 def cut(x, revealed_at, n, tokenizer):
     """[(pieces of text, when each was revealed)] of tokens (N, length), each up to its end of
-    text. An end among the n tokens that were given is none."""
+    text. An end among the n tokens that were given does not count."""
     samples = []
     for row, when in zip(x.tolist(), revealed_at.tolist(), strict=True):
         ends = [i for i, token in enumerate(row) if token == tokenizer.end and i >= n]

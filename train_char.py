@@ -58,8 +58,10 @@ def make_model(name, config):
 
 
 def figures_of(model):
-    """What estimate_loss() measures of a model: {name: arguments of model.nelbo()}. The first
-    one decides which checkpoint is the best."""
+    """What estimate_loss() measures of a model, and how: {name: arguments of model.nelbo()}.
+    The name says whether the figure is exactly -log p, in that order, or a bound on it. The
+    mean of exact costs of random orders is also a bound on -log of their mixture. The first
+    figure decides which checkpoint is the best."""
     exact = {
         "exact, random order": {"order": "random"},
         "exact, left to right": {"order": "left"},
@@ -71,7 +73,8 @@ def figures_of(model):
     return {"exact" if model.config.block_len == 1 else "bound": {}}
 
 
-# A digest of these is in the log of each run, so that a figure from other code can be told.
+# A digest of these is in the log of each run, so that a figure from other code can be told
+# apart.
 HERE = Path(__file__).parent
 OUR_CODE = [HERE / "lomdm.py", HERE / "a3.py", HERE / "train_char.py"]
 OUR_CODE += sorted(HERE.glob("beyond/*.py"))
@@ -131,8 +134,13 @@ ORDERS = "lomdm lomdm-by-time"
 
 @dataclass
 class Settings:
-    # All that a run depends on; every field is a flag. None: it follows the preset, the device
-    # or other flags. resume: it may change when a run goes on.
+    # All that a run depends on. Every field is also a flag of the command line, made by
+    # flag(default, help, choices). What is None follows the preset, the device or other flags,
+    # and a help text that says [x] says what it then is.
+    #     least, below   the range of a number
+    #     only           the models that it is for
+    #     follows        named in --help as what the default depends on
+    #     resume         whether --resume may change it
     model: str = flag("lomdm", "what to train", TO_TRAIN)
     preset: str | None = flag(None, "small on CPU and MPS, base on CUDA", tuple(PRESETS))
     data: str | None = flag(None, "a name [shakespeare], a file or a folder", resume=True)
@@ -193,7 +201,7 @@ def settle(s, device, like=None):
             setattr(s, name, value)
 
     cli.check(s)
-    with cli.one_line(ValueError):
+    with cli.one_line(ValueError):  # curriculum() refuses wrong shares
         a3.curriculum(0, s.max_iters, s.shares, s.group_size)
     for name in SIZES:
         same = like is None or getattr(s, name) == getattr(like.config, name)
@@ -226,8 +234,8 @@ def windows(text, starts, L, device):
 
 
 def spread(n, L, most):
-    """Where windows of L begin in n tokens: side by side, but evenly spread if more than
-    most."""
+    """Where windows of L tokens begin in a text of n: all n // L of them side by side, or
+    `most` of them, evenly spread."""
     whole = n // L
     count = min(whole, most)
     return np.arange(count) * whole // count * L
@@ -307,10 +315,11 @@ def loss_arguments(s, step, x):
 
 
 def train_step(s, step, model, loss_of, optimizer, text, device):
-    """One step of training. Returns its metrics, {name: number on the device}, for to read a
-    number the CPU would have to wait for the GPU."""
-    # The gradient of the mean loss over all micro-batches, of which this process has its
-    # share.
+    """One step of training. Returns its metrics, {name: number on the device}. They stay
+    there, because the CPU would have to wait for the GPU to read a number."""
+    # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th
+    # of them. average_gradients() then divides the sum over processes by WORLD, hence WORLD /
+    # M.
     M = s.gradient_accumulation_steps
     each = []
     for m in range(RANK, M, WORLD):
@@ -321,7 +330,7 @@ def train_step(s, step, model, loss_of, optimizer, text, device):
         each.append(metrics)
     processes.average_gradients(model)
 
-    # Some parameters are neither clipped nor moved before their time: see
+    # Some parameters are never clipped, and not moved before their time: see
     # LoA3.parameter_groups().
     plain = [group for group in optimizer.param_groups if "starts_after" not in group]
     norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)
@@ -336,8 +345,9 @@ def train_step(s, step, model, loss_of, optimizer, text, device):
 
 
 def report(s, step, pending, stop, took, in_all, saved_at, bar):
-    """Log the mean of the metrics since the last report, `pending`, a list of dicts. These steps
-    took so many seconds, of so many in all. Returns whether any process was asked to stop."""
+    """Log the mean of the metrics since the last report, `pending`, a list of dicts. These
+    steps took so many seconds, of so many in all. Returns whether any process was asked to
+    stop."""
     numbers = torch.stack([torch.stack(list(metrics.values())) for metrics in pending])
     numbers, stopping = processes.mean_and_any(numbers, stop)  # (steps, metrics)
     cli.refuse_nan(numbers.sum(1).tolist(), step - len(pending) + 1, saved_at)
@@ -416,6 +426,7 @@ def train(s, device, corpus, model, ckpt, about):
                 saved_at = step
             if stopping:
                 resume = f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
+                # stop is a list, and holds the signal that came.
                 raise cli.Stopped(f"stopped at step {step}, all saved; go on with: {resume}", *stop)
             pending, began = [], time.perf_counter()
     return step, seconds
@@ -425,7 +436,8 @@ def train(s, device, corpus, model, ckpt, about):
 
 
 def pretrained(s):
-    """The LLaMA or ARM that --init_from names as an A3, and the ARM's tokenizer."""
+    """An A3 made from the LLaMA or ARM in the folder --init_from. Also the ARM's tokenizer, or
+    None for a LLaMA, whose tokenizer becomes --tokenizer."""
     folder = Path(s.init_from)
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
@@ -463,35 +475,43 @@ def new_model(s, vocab_size):
         return make_model(s.model, config | {"vocab_size": vocab_size} | fixed)
 
 
-def begin(given):
-    """Settings, device, model and checkpoint (None for what is not there yet), the tokenizer
-    that --init_from asks for, and the lock of out_dir."""
+def go_on(given):
+    """The run that --resume names: its settings, with what may be changed and is given, its
+    checkpoint, its model, and the lock of its folder."""
     out = Path(given.get("out_dir", Settings.out_dir))
-    given = given | processes.join(given.get("device"))
-    s = Settings(**given)
-    ckpt = model = held = tokenizer = None
-    if s.resume:
-        held = checkpoint.only_run(out)  # first, as a run that is just ending still saves
-        ckpt, model = checkpoint.load(out / "last.pt", make_model)
-        s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+    lock = checkpoint.only_run(out)  # first, as a run that is just ending still saves
+    ckpt, model = checkpoint.load(out / "last.pt", make_model)
+    s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+    return s, ckpt, model, lock
 
+
+def follow_device(s):
+    """Fill in the device, and what follows it: the preset, and the preset's text."""
     device = cli.pick_device(s.device)
     s.device = str(device)
     s.preset = s.preset or ("base" if device.type == "cuda" else "small")
     s.data = s.data or PRESETS[s.preset]["data"]
     if s.text_len is None:
         s.text_len = data.TEXT_LEN.get(s.data)
-    if s.init_from and not ckpt:
-        cli.check(s)  # is it for this model?
-        model, tokenizer = pretrained(s)
-    settle(s, device, None if ckpt else model)
-    held = held or checkpoint.only_run(out)  # a lock, as long as this process lives
-    return s, device, ckpt, model, tokenizer, held
+    return device
 
 
 def main(argv=None):
     given = cli.parse(Settings, argv, __doc__, PRESETS)
-    s, device, ckpt, model, wanted, _lock = begin(given)
+    given = given | processes.join(given.get("device"))
+
+    # The settings. A run that goes on has a checkpoint and a model. A new one may have a
+    # pretrained model, with the tokenizer `wanted`.
+    ckpt = model = lock = wanted = None
+    s = Settings(**given)
+    if s.resume:
+        s, ckpt, model, lock = go_on(given)
+    device = follow_device(s)
+    if s.init_from and not ckpt:
+        cli.check(s)  # is it for this model?
+        model, wanted = pretrained(s)
+    settle(s, device, None if ckpt else model)
+    lock = lock or checkpoint.only_run(Path(s.out_dir))  # held as long as this process lives
 
     # The text.
     with processes.first_only():

@@ -69,12 +69,13 @@ def walk_groups(model, x, by, per_step):
     """The step (B, L) at which a decoder of a3.py fills each position, if it is to write x."""
     model.check(x)
     B, L = x.shape
-    rank = torch.full_like(x, L)  # L: still open
+    revealed_at = torch.full_like(x, L)  # L: still open
     read = a3.Cache(model, x)
 
     for step in range(-(-L // per_step)):
-        at = (rank == L).nonzero()[:, 1].view(B, -1)  # as many positions are open in every text
-        score = model.score(read(x, rank, at), at, by, None)
+        is_open = revealed_at == L  # as many in every text
+        at = is_open.nonzero()[:, 1].view(B, -1)
+        score = model.score(read(x, revealed_at, at), at, by, None)
         best = score.argsort(dim=1, descending=True, stable=True)[:, :per_step]
-        rank.scatter_(1, at.gather(1, best), step)
-    return rank
+        revealed_at.scatter_(1, at.gather(1, best), step)
+    return revealed_at

@@ -121,8 +121,8 @@ class Llama(a3.A3):
             self.lm_head.weight = self.wte.weight
         nn.init.normal_(self.wte.weight, std=0.02)
 
-    def place(self, slots):
-        return super().place(slots) if self.wpe is not None else 0.0
+    def embed_slots(self, slots):
+        return super().embed_slots(slots) if self.wpe is not None else 0.0
 
     def rotary(self, slots):
         c = self.config

@@ -46,13 +46,16 @@ class Config(a3.Config):
 class Order(nn.Module):
     """q and q_hat: a mixture of three races.
 
-        log-weights   s_j = - sum_{i <= j} scale * log_weight_steps_i      by how much i is later
-        q_hat         draws the direction with fixed probabilities, from prior_logits
+        log-weights   s_j = - sum_{i <= j} step_i     each position comes later than the one before
+        q_hat         draws the direction with fixed probabilities, those of q_hat_logits
         q             draws it with probabilities to which each kind of token in x adds a vote
 
-    At first left to right has two chances of three, for q and q_hat, and each position weighs
-    e^6 times the next. Parameters are stored divided by `scale`, as the steps of Adam have the
-    size of the learning rate: with 40, a direction is decided in 50 to 100 steps."""
+    At first left to right has two chances of three, for q and q_hat, and each step is 6: a
+    position weighs e^6 times the next.
+
+    Every parameter is a logit or a step divided by `scale`. Adam moves a parameter by about
+    the learning rate, however large the gradient is, so without a scale a logit could not get
+    from 0 to 10 in a short training. With 40, a direction is decided in 50 to 100 steps."""
 
     scale = 40.0
 
@@ -74,8 +77,9 @@ class Order(nn.Module):
         return F.pad(s, (0, 0, 0, 1))
 
     def log_q_way(self, x):
-        """log q(way | x) (B, 3) for texts x (B, L). Each kind of token in a text has one vote,
-        however often it is there. The sum of n votes is divided by the root of n."""
+        """log q(way | x) (B, 3) for texts x (B, L). Each entry of the vocabulary that is in a
+        text has one vote, however often it is there. The sum of n votes is divided by the root
+        of n, so that long texts are not surer just for having more of them."""
         there = x.new_zeros(len(x), len(self.token_logits)).scatter(1, x, 1)  # (B, V): 1 or 0
         votes = (there[..., None] * self.token_logits).sum(1)  # (B, 2)
         votes = votes / there.sum(1, keepdim=True).sqrt()
@@ -98,7 +102,8 @@ class Order(nn.Module):
 
     def forward(self, order, log_way):
         """The log-probability (B, L) of each step of order (B, L), given the steps before, if
-        the way is drawn by log_way (B or 1, 3). The steps so far tell about the way."""
+        the way is drawn by log_way (B or 1, 3). It is the difference, from one k to the next,
+        of log sum_way p(way) p(first k steps | way)."""
         B, L = order.shape
         s = self.log_weights(L).expand(B, 3, L)
         s = s.gather(2, order[:, None].expand(B, 3, L))  # in the order of the steps
@@ -113,10 +118,11 @@ class Order(nn.Module):
 
 
 def race(s, generator=None):
-    """lomdm.race() for log-weights s (B, L), which may differ by more than exp() can hold: s
-    plus Gumbel noise is the largest at i with probability exp(s_i) / sum_j exp(s_j)."""
-    minus_noise = torch.empty_like(s).exponential_(generator=generator).log()
-    return (s - minus_noise).argsort(dim=1, descending=True)
+    """lomdm.race() for log-weights s (B, L), which may differ by more than exp() can hold. The
+    arrival times there are noise / w with noise ~ Exponential(1). Who is first has the largest
+    -log(noise / w) = s - log(noise)."""
+    log_noise = torch.empty_like(s).exponential_(generator=generator).log()
+    return (s - log_noise).argsort(dim=1, descending=True)
 
 
 class LoA3(a3.A3):
@@ -160,7 +166,8 @@ class LoA3(a3.A3):
 
         Autograd cannot see how q changes which order is drawn. So log q of step k is weighted
         by its text's costs from k on, as a choice answers for what comes after it, less the
-        mean of the same for the other texts (REINFORCE)."""
+        mean of the same for the other texts (REINFORCE). A number less the mean of the B - 1
+        others is B / (B - 1) times the number less the mean of all."""
         if groups is not None:
             return super().loss(x, groups, single)
         B = len(x)
@@ -187,8 +194,11 @@ class LoA3(a3.A3):
         if order != "learned":
             return super().nelbo(x, n_draws, order, size, generator)
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
-        total = sum(sum(self.order_terms(x, generator)) for _ in range(n_draws))
-        return total.sum(1) / n_draws
+        total = 0
+        for _ in range(n_draws):
+            token_nll, nll_hat, log_q = self.order_terms(x, generator)
+            total = total + (token_nll + nll_hat + log_q).sum(1)
+        return total / n_draws
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="order", **how):
         """As A3.sample(), and by "order", which q_hat draws. With nothing given and one
@@ -198,8 +208,8 @@ class LoA3(a3.A3):
             return super().sample(z, temperature, top_k, per_step, by, **how)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         groups = self.draw_groups(z, per_step, how.get("generator"))
-        x, rank = self.decode(z, groups, per_step, "left", temperature, top_k, **how)
-        return x, rank.clamp(min=-1)
+        x, revealed_at = self.decode(z, groups, per_step, "left", temperature, top_k, **how)
+        return x, revealed_at.clamp(min=-1)
 
     def draw_groups(self, z, per_step=1, generator=None):
         """Groups (B, L) of per_step tokens for the mask_id positions of z (B, L), in an order
@@ -207,12 +217,16 @@ class LoA3(a3.A3):
         numbers."""
         L = z.shape[1]
         log_way = self.order.log_q_hat_way().expand(len(z), 3)
-        rank = self.order.draw(log_way, L, generator).argsort(dim=1)
+        order = self.order.draw(log_way, L, generator)  # (B, L): what comes first, second, ..
+        place = order.argsort(dim=1)  # the place of each position in this order
 
+        # The given tokens come before the open ones, and otherwise the order stays.
         is_open = z == self.mask_id
-        rank = torch.where(is_open, rank + L, rank).argsort(dim=1).argsort(dim=1)  # given first
-        place = rank - (~is_open).sum(1, keepdim=True)  # 0, 1, .. for the open positions
-        return torch.where(is_open, place // per_step, rank - L)
+        order = torch.where(is_open, place + L, place).argsort(dim=1)
+        place = order.argsort(dim=1)
+
+        n_given = (~is_open).sum(1, keepdim=True)  # so open places count from n_given
+        return torch.where(is_open, (place - n_given) // per_step, place - L)
 
     def load_arm(self, state_dict):
         """As A3.load_arm(). The order stays as it is."""

@@ -2,17 +2,25 @@
 order.
 
 A call of an A3 may ask for the next k tokens of an order at once. But drawn at once, they do
-not see each other, so together they are not a draw from p. Treat them as drafts, drawn from q,
-and let the next call check them. It commits all k drafts, and predicts each from the tokens
-before it, drafts included. That is p. Go through the drafts in order, and accept a draft with
-probability min(1, p / q). Draw the first one that is refused anew, from max(0, p - q), and
-forget the rest. What comes out is a draw from p, whatever q is (Leviathan et al.,
-arXiv:2211.17192; for any order: arXiv:2504.20456). The first draft saw all there was, so q = p
-and it is always accepted.
+not see each other, so together they are not a draw from p. Treat them as drafts, drawn from q
+(here a distribution of tokens, not of orders), and let the next call check them. It commits
+all k drafts, and predicts each from the tokens before it, drafts included. That is p. Go
+through the drafts in order, and accept a draft with probability min(1, p / q). Draw the first
+one that is refused anew, from max(0, p - q), and forget the rest. What comes out is a draw
+from p, whatever q is (Leviathan et al., arXiv:2211.17192; for any order: arXiv:2504.20456).
+The first draft saw all there was, so q = p and it is always accepted.
 
 The same call can draft the next tokens, too, as the queries of an A3 may look at any number of
-committed tokens. It does not know yet how many drafts will be accepted, so it asks k queries
-for each possible number. Then a round costs one call, where others need two.
+committed tokens. It does not know yet how many drafts will be accepted, 1 to k, so it asks k
+queries for each of these numbers: k families of k queries. Then a round costs one call, where
+others need two. With k = 3, drafts d1 d2 d3 and ? for what is predicted:
+
+    family 1    sees d1          and predicts    d2?  ?  ?
+    family 2    sees d1 d2       and predicts    d3?  ?  ?
+    family 3    sees d1 d2 d3    and predicts    ?    ?  ?
+
+Families 1 and 2 check d2 and d3 by their first query. If 2 drafts are accepted, the queries of
+family 2 are the drafts of the next round, the first of them in place of d3.
 """
 
 import torch
@@ -37,8 +45,9 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
     if done.min() == L:
         return x.clone(), 0
 
-    # In this order all is counted: rank r is the token that comes as number r. Texts that are
-    # done before others go on writing behind their end, into a place L that is cut off.
+    # From here on the rank of a token is its place in this order. Texts that are done before
+    # others go on writing behind their end. All that goes to position L, which is cut off at
+    # the end.
     order = F.pad(order, (0, 2 * k), value=L)  # (B, L + 2 k)
     x = F.pad(x, (0, 1))  # (B, L + 1)
     j = torch.arange(k, device=x.device)
@@ -51,26 +60,26 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
     drafted = draft(q, torch.zeros_like(q[:, :1]), generator)  # (B, k)
 
     for call in range(1, L + 1):
-        # Write the drafts. The first one always stands, so it may have been the last token.
+        # Write the drafts. The first one always stands. If it was the last token, that is all.
         rank = done + j  # (B, k)
         slots = order.gather(1, rank) + 1
         x.scatter_(1, slots - 1, drafted)
         if (done + 1 >= L).all():
             return x[:, :L], call
 
-        # Commit them, and ask what comes next for each number of drafts that may stand, 1 to
-        # k: k families of k queries. Family a has seen the first a drafts.
+        # Commit them, and ask all families at once: k families of k queries.
         seen = done + j + 1
         logits = ask(model, cache, x, order, drafted, slots, rank, seen, k)  # (B, k, k, V)
 
-        # The first query of family a predicts draft a + 1, and has seen the drafts before it.
+        # Check all drafts but the first by the first query of the families before the last.
         p = probabilities(logits[:, :-1, 0], **how)  # (B, k - 1, V)
         accepted = accept(drafted[:, 1:], p, q[:, 1:], generator)  # (B, 1): 1 .. k
-        cache.ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
+        cache.key_ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
         done = (done + accepted).clamp(max=L)
 
-        # Draft from the family that saw just what is settled now. q of the first refused
-        # draft, 0 if none was refused, is what the next token must not be drawn from again.
+        # Draft from the family that saw just what is settled now. Its first token is drawn
+        # from max(0, p - q), if a draft was refused there, where q is what that draft was
+        # drawn from. If none was refused, q is 0.
         q_refused = F.pad(q, (0, 0, 0, 1)).take_along_dim(accepted[..., None], dim=1)  # (B, 1, V)
         family = (accepted - 1)[..., None, None]
         q = probabilities(logits.take_along_dim(family, dim=1)[:, 0], **how)  # (B, k, V)
@@ -118,9 +127,11 @@ def accept(drafts, p, q, generator):
 
 
 def draft(q, q_refused, generator):
-    """New tokens (B, k) from q (B, k, V). The first one replaces a draft that was refused, if
-    its distribution q_refused (B, 1, V) is not 0: it is drawn from max(0, q - q_refused)."""
+    """New tokens (B, k) from q (B, k, V), the first one from max(0, q - q_refused) with
+    q_refused (B, 1, V)."""
     first = (q[:, :1] - q_refused).clamp(min=0)
-    first = first + 1e-30 * q[:, :1]  # to rounding both may be equal, and all of it 0
+
+    # If the two are equal to rounding, all of that is 0, and the token is drawn from q.
+    first = first + 1e-30 * q[:, :1]
     p = torch.cat((first, q[:, 1:]), dim=1)
     return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(q.shape[:2])
