@@ -246,7 +246,10 @@ def test_per_step_calls(by, m, monkeypatch):
     for row, n in [(0, 6), (2, 8)]:
         sizes = at[row][at[row] >= 0].bincount().tolist()
         assert sizes == [m] * (n // m) + [n % m] * (n % m > 0)
-    assert by != "left" or (at[2] == torch.arange(8) // m).all()
+    if by == "left":
+        assert torch.equal(at[2], torch.arange(8) // m)
+        _, at = model.decode(x, torch.zeros_like(x), m, by)  # inside of one group, too
+        assert torch.equal(at, chunk_groups(3, 8, m))
 
 
 @pytest.mark.parametrize("by", ["left", "confidence"])

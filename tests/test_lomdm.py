@@ -378,7 +378,7 @@ def test_certainty_by_hand():
     p = torch.tensor(
         [[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]]
     )
-    logits = p.log() + torch.tensor([[3.0], [0.0], [-3.0]])  # which changes no probability
+    logits = p.log() + torch.tensor([[-3.0], [0.0], [3.0]])  # which changes no probability
     surest = {"confidence": 0, "entropy": 2, "margin": 1}
     assert {by: lomdm.certainty(logits, by).argmax().item() for by in surest} == surest
 
