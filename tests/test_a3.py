@@ -1,6 +1,7 @@
 """
-a3.py beyond its likelihood: leaks, groups, the fast path, the cache, samples, adaptation, bad
-input. The claims of the paper are in test_equivalences.py, and what is listed in oracle.py.
+a3.py beyond its likelihood: groups, the fast path, the cache, samples, adaptation. The claims
+of the paper are in test_equivalences.py, what is listed in oracle.py, and what holds for all
+models in test_models.py.
 """
 
 import ast
@@ -17,7 +18,7 @@ from oracle import RAGGED, V, count, fits, make_a3, make_lomdm, orders, seeded, 
 
 import a3
 import lomdm
-from a3 import A3, Config, chunk_groups, curriculum, random_groups, sorted_features
+from a3 import A3, chunk_groups, curriculum, random_groups, sorted_features
 
 pytestmark = pytest.mark.usefixtures("float64")
 RULES = ("confidence", "entropy", "margin")
@@ -49,24 +50,6 @@ def test_nelbo(size):
     torch.testing.assert_close(
         model.nelbo(x, 3, size=size, generator=seeded(1)), sum(draws) / 3
     )
-
-
-@pytest.mark.parametrize("features", [A3.features, sorted_features], ids=["plain", "sorted"])
-@torch.no_grad()
-def test_predictions_see_exactly_the_earlier_groups(features):
-    """x_j moves the prediction of i if group(j) < group(i), and not otherwise. Given tokens
-    are the first groups, one by one from left to right."""
-    model = make_a3()
-    x = torch.randint(V, (8, 5))
-    for groups in (RAGGED, random_groups(8, 5), random_groups(8, 5, 2)):
-        reading = groups * 9 + torch.arange(5) - 100  # by number, then from left to right
-        rank = torch.where(groups < 0, reading, groups)
-        before = features(model, x, groups)
-        for j in range(5):
-            other = x.clone()
-            other[:, j] = (x[:, j] + 1) % V
-            moved = (features(model, other, groups) - before).abs().amax(-1) > 1e-9  # (B, L)
-            assert torch.equal(moved, rank[:, j : j + 1] < rank), j
 
 
 def test_groups():
@@ -227,50 +210,6 @@ def test_log_prob_of_the_steps_is_that_of_the_draw(by, m):
     assert fits(count(torch.cat((drawn, at), 1) + 1, pairs + 1), probs)
 
 
-@pytest.mark.parametrize("by", ["left", "random", "entropy"])
-@pytest.mark.parametrize("m", [1, 3, 9])
-def test_per_step_calls(by, m, monkeypatch):
-    """ceil(n / m) calls of the network for the row with most to do, m tokens in each."""
-    model = make_a3(8)
-    calls = []
-    spy(monkeypatch, a3.Cache, "step", lambda *args: calls.append(1))
-    x = torch.randint(V, (3, 8))
-    open = torch.ones(3, 8, dtype=torch.bool)
-    open[0, [1, 6]] = False  # six are open
-    open[1] = False  # none
-
-    done, at = model.sample(x.masked_fill(open, V), per_step=m, by=by)
-
-    assert len(calls) == math.ceil(8 / m)
-    assert torch.equal(at == -1, ~open) and torch.equal(done[~open], x[~open])
-    for row, n in [(0, 6), (2, 8)]:
-        sizes = at[row][at[row] >= 0].bincount().tolist()
-        assert sizes == [m] * (n // m) + [n % m] * (n % m > 0)
-    if by == "left":
-        assert torch.equal(at[2], torch.arange(8) // m)
-        _, at = model.decode(x, torch.zeros_like(x), m, by)  # inside of one group, too
-        assert torch.equal(at, chunk_groups(3, 8, m))
-
-
-@pytest.mark.parametrize("by", ["left", "confidence"])
-@torch.no_grad()
-def test_temperature_and_top_k(by):
-    model = make_a3(4)
-    z = torch.tensor([[0, 1, 2, V]])
-    logits = model(z.clamp(max=2), (z == V).long() - 1)[0, 3]
-    likely = logits.argsort(descending=True)
-
-    def tokens(**how):
-        drawn, _ = model.sample(z.expand(10_000, 4), by=by, generator=seeded(0), **how)
-        return drawn[:, 3].bincount(minlength=V)
-
-    assert tokens(temperature=0)[likely[0]] == 10_000 == tokens(top_k=1)[likely[0]]
-    assert fits(tokens(temperature=2.0), (logits / 2).softmax(-1))
-    two = tokens(temperature=2.0, top_k=2)
-    assert two[likely[2]] == 0
-    assert fits(two[likely[:2]], (logits[likely[:2]] / 2).softmax(-1))
-
-
 def certainty_by_hand(probs, by):
     """For one position's list of probabilities."""
     high = sorted(probs, reverse=True)
@@ -378,7 +317,7 @@ def test_bad_curriculum(kw, message):
         curriculum(0, **(dict(total_steps=10) | kw))
 
 
-# ---- the network, large vocabularies and compilers ---------------------------------------
+# ---- the network -------------------------------------------------------------------------
 
 
 def test_dropout_is_for_training():
@@ -406,37 +345,6 @@ def test_residual_branches_begin_smaller(file, cls):
     for name, std in (("qkv", 0.02), ("gate_up", 0.02), ("proj", 0.005), ("down", 0.005)):
         weight = getattr(model.blocks[3], name).weight
         assert weight.std().item() == pytest.approx(std, rel=0.05), name
-
-
-def test_logits_in_chunks(monkeypatch):
-    """The same loss and gradients whether logits are made at once or few at a time. Every
-    parameter has one."""
-    model = make_a3()
-    x = torch.randint(V, (8, 5))
-    sizes, results = [], []
-    spy(monkeypatch, A3, "logits", lambda out, model, h: sizes.append(len(h)))
-    for limit in (2**26, 7 * V):
-        sizes.clear()
-        monkeypatch.setattr(a3, "MAX_LOGITS", limit)
-        model.zero_grad()
-        loss, _ = model.loss(x, RAGGED)
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    assert max(sizes) == 7 and all(grad.abs().max() > 1e-6 for grad in results[0])
-    torch.testing.assert_close(*results)
-
-
-def test_loss_compiles_to_one_graph():
-    """When the caller says whether every group has one token, nothing depends on the data."""
-    model = make_a3()
-    x = torch.randint(V, (8, 5))
-    torch._dynamo.reset()
-    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
-    for size in (1, 2):
-        groups = random_groups(8, 5, size)
-        want, _ = model.loss(x, groups)
-        torch.testing.assert_close(compiled(x, groups, size == 1)[0], want)
-    compiled(x)  # random_groups() of one token, which it knows
 
 
 # ---- what stands in lomdm.py and in a3.py ------------------------------------------------
@@ -471,20 +379,6 @@ def test_neither_file_needs_another_of_ours(file):
 # ---- bad input ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kw,message",
-    [
-        (dict(n_embd=10, n_head=3), "n_embd .* divisible by n_head"),
-        (dict(n_embd=6, n_head=2), "even quotient"),
-        (dict(dropout=1.0), "dropout"),
-        (dict(n_layer=0), "n_layer must be at least 1"),
-    ],
-)
-def test_bad_config(kw, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**(dict(vocab_size=3, seq_len=4, n_layer=1, n_head=1, n_embd=4) | kw))
-
-
 def test_texts_and_groups_that_do_not_fit():
     model = make_a3()
     x = torch.randint(V, (2, 5))
@@ -497,42 +391,3 @@ def test_texts_and_groups_that_do_not_fit():
             method(x.repeat(1, 2)[:, :6], chunk_groups(2, 6))
         with pytest.raises(ValueError, match=r"^texts must be \(B, L\), not \(5,\)"):
             method(x[0], ar[0])
-
-
-def test_nothing_to_do():
-    """Where all is given."""
-    model = make_a3()
-    x = torch.randint(V, (2, 5))
-    given = torch.full((2, 5), -1)
-    assert (model.log_prob(x, given) == 0).all() and model.loss(x, given)[0] == 0
-    assert torch.equal(model.generate(x, given), x)
-    done, at = model.sample(x)
-    assert torch.equal(done, x) and (at == -1).all()
-
-
-@pytest.mark.parametrize(
-    "call,message",
-    [
-        (lambda m, x: m.sample(x, by="luck"), "^by must be left, .* is learned, not 'luck'"),
-        (lambda m, x: m.sample(x, temperature=-1.0), "^temperature must be >= 0, top_k >= 1"),
-        (lambda m, x: m.sample(x, per_step=0), "^per_step must be at least 1"),
-        (lambda m, x: m.nelbo(x, 0), "^n_draws must be at least 1, not 0"),
-        (
-            lambda m, x: m.nelbo(x, order="order"),
-            "^order must be 'left' or 'random', not 'order",
-        ),
-        (lambda m, x: chunk_groups(2, 4, 0), "size of a group must be at least 1, not 0"),
-        (lambda m, x: random_groups(2, 4, 0), "size of a group must be at least 1, not 0"),
-    ],
-)
-def test_bad_calls(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(make_a3(), torch.full((2, 5), V))
-
-
-@pytest.mark.parametrize("token", [-100, -1, V + 1, 50])
-def test_tokens_out_of_range_are_refused(token):
-    """The first tokens are read, the last one is only predicted."""
-    for x in (torch.full((1, 5), token), torch.tensor([[0, 0, 0, 0, token]])):
-        with pytest.raises((IndexError, RuntimeError)):
-            make_a3().log_prob(x, chunk_groups(1, 5))

@@ -232,11 +232,6 @@ def test_rows_with_different_gaps_in_one_batch():
         assert got == sorted(likeliest, key=lambda i: row[i] == 3)
 
 
-def test_several_a_call():
-    x, at = make(4, 3).sample(torch.full((50, 4), 3), per_step=3)
-    assert (x < 3).all() and (at.sort(1).values == torch.tensor([0, 0, 0, 1])).all()
-
-
 # ---- what else it can --------------------------------------------------------------------
 
 
@@ -278,32 +273,10 @@ def test_bfloat16_is_close_to_float32():
     torch.testing.assert_close(rounded, want, rtol=0, atol=0.1)
 
 
-def test_loss_compiles_to_one_graph():
-    model = make(6, 3)
-    x = torch.randint(3, (4, 6))
-    torch._dynamo.reset()
-    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
-    results = []
-    for loss_of in (model.loss, compiled):
-        torch.manual_seed(3)
-        loss, _ = loss_of(x)
-        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(
-    "call,message",
-    [
-        (lambda m, x: m.order_log_probs(x[:, :4], x[:, :3]), "must both be"),
-        *((lambda m, x, f=f: getattr(m, f)(x), "do not fit") for f in ("loss", "nelbo")),
-        (lambda m, x: m.order_log_weights(x), "do not fit"),
-        (lambda m, x: m.nelbo(x[:, :4], 0), "n_draws must be at least 1, not 0"),
-        (lambda m, x: m.sample(x[:, :4], per_step=0), "per_step must be at least 1, not 0"),
-        (lambda m, x: m.loss(x[:1, :4]), "at least 2 in a batch"),  # one has no baseline
-        (lambda m, x: make(random_share=-0.1), "random_share must be in"),
-        (lambda m, x: make(random_share=1.0), "random_share must be in"),
-    ],
-)
-def test_bad_calls(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(make(), torch.zeros(2, 5).long())
+def test_bad_calls():
+    model = make()
+    x = torch.zeros(2, 4).long()
+    with pytest.raises(ValueError, match="must both be"):
+        model.order_log_probs(x, x[:, :3])
+    with pytest.raises(ValueError, match="at least 2 in a batch"):  # one has no baseline
+        model.loss(x[:1])

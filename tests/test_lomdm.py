@@ -1,6 +1,7 @@
 """
-lomdm.py beyond its losses: estimates, samples, caches, leaks, bad input, chunks and compilers.
-The claims of the paper are in test_equivalences.py, and what is listed in oracle.py.
+lomdm.py beyond its losses: estimates, samples, caches, leaks, precision. The claims of the
+paper are in test_equivalences.py, what is listed in oracle.py, and what holds for all models in
+test_models.py.
 """
 
 import itertools
@@ -10,10 +11,9 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import MODELS, V, count, every_model, exact, fits, make_lomdm, seeded, spy, texts
+from oracle import V, count, every_model, exact, fits, make_lomdm, seeded, spy, texts
 
 import lomdm
-from lomdm import Config, LoMDM
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -151,47 +151,6 @@ def test_counts_are_spread_over_rows_and_blocks():
 # ---- the papers' clock -------------------------------------------------------------------
 
 
-def test_nelbo_rate_by_hand():
-    """Two hidden positions and one visible: 2 (ln 4) + 0.5 (ln 2), and A ln(A / A_hat) - A +
-    A_hat."""
-    p = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]])
-    x = torch.tensor([[0, 1, 1]])
-    hidden = torch.tensor([[True, True, False]])
-    velocity = torch.tensor([[2.0, 0.5, 3.0]])
-    velocity_hat = torch.tensor([[1.0, 0.5, 7.0]])
-
-    recon, order = lomdm.nelbo_rate(p.log(), x, hidden, velocity, velocity_hat)
-    assert recon.item() == pytest.approx(2 * math.log(4) + 0.5 * math.log(2))
-    assert order.item() == pytest.approx(2 * math.log(2) - 2 + 1)
-
-    still = torch.zeros(1, 3)  # outside the window: 0, not 0 / 0
-    recon, order = lomdm.nelbo_rate(p.log(), x, hidden, still, still)
-    assert recon == 0 and order == 0
-
-
-@pytest.mark.parametrize("K", [1, 2, 6])
-def test_schedule(K):
-    """alpha runs from 1 to 0, block 0 appears first, and velocity is -alpha' / (1 - alpha)."""
-    model = make_lomdm(L=6, block_len=K)
-    w = torch.rand(2, 6) + 0.5
-    for end in (0.0, 1.0):
-        alpha, velocity = oracle.schedule(model, torch.full((2, 1), end), 6, w)
-        assert torch.equal(alpha, torch.full((2, 6), 1 - end))
-        assert torch.equal(velocity, torch.zeros(2, 6))
-
-    n = 6 // K
-    for b in range(n):  # the blocks at work, one after another in the last n-th, and so on
-        t = (1 - (b + torch.rand(1)) / n).repeat(2, 1).requires_grad_()
-        alpha, velocity = oracle.schedule(model, t, 6, w)
-
-        here = slice(b * K, (b + 1) * K)
-        assert (alpha[:, : b * K] == 1).all() and (alpha[:, (b + 1) * K :] == 0).all()
-        (slope,) = torch.autograd.grad(alpha[1, here].sum(), t, retain_graph=True)
-        rates = velocity[1, here] * (1 - alpha[1, here])
-        torch.testing.assert_close(rates.sum(), -slope[1, 0])
-        assert velocity[1].nonzero().flatten().tolist() == list(range(6))[here]
-
-
 def test_times_are_spread_over_the_batch(monkeypatch):
     """ByTime draws one in each B-th of [0, 1]."""
     model = make_lomdm(cls=lomdm.ByTime)
@@ -241,27 +200,6 @@ def test_rows_take_their_blocks_together():
     assert fits(count(x[1::2], every), exact(model, every)[0].neg().exp())
 
 
-@pytest.mark.parametrize("m", [1, 3, 9])
-def test_per_step_calls(m, monkeypatch):
-    """Each row takes m positions a call, and the network is called for the one with most."""
-    model = make_lomdm(L=8, learn_order=True)
-    calls = []
-    spy(monkeypatch, model, "features", lambda *a, **kw: calls.append(1))
-    z = torch.full((3, 8), V)
-    z[0, 1] = z[0, 6] = 2  # six are hidden
-    z[1, :] = 1  # none
-
-    x, at = model.sample(z, per_step=m)
-
-    assert len(calls) == math.ceil(8 / m)
-    assert (x < V).all() and (x[z < V] == z[z < V]).all() and (at[z < V] == -1).all()
-    for row, n in [(0, 6), (2, 8)]:
-        sizes = at[row][at[row] >= 0].bincount()
-        assert sizes.tolist() == [m] * (n // m) + [n % m] * (n % m > 0)
-    calls.clear()
-    assert torch.equal(model.sample(x)[0], x) and not calls
-
-
 GAPS = torch.tensor(
     [[V] * 6, [1, 2, V, V, V, V], [V, 0, 1, V, V, 2], [2, 1, 0, V, V, V], [0] * 6]
 )
@@ -304,53 +242,12 @@ def test_cached_reads_are_those_without_a_cache():
             z[:, i] = torch.randint(V, (4,))
 
 
-@every_model
-def test_generators_decide_everything(kw):
-    """The same generator gives the same draws, and the global one is left alone."""
-    model = make_lomdm(**kw)
-    z = torch.full((20, 4), V)
-    x = texts(4)[:20]
-    t = torch.full((20, 1), 0.6)
-    calls = {
-        "sample": lambda g: model.sample(z, generator=g)[0],
-        "nelbo": lambda g: model.nelbo(x, generator=g),
-        "nelbo_at": lambda g: lomdm.nelbo_at(model, x, t, g)[0],
-    }
-    state = torch.get_rng_state()
-    for name, call in calls.items():
-        assert torch.equal(call(seeded(0)), call(seeded(0))), name
-    assert not torch.equal(calls["sample"](seeded(0)), calls["sample"](seeded(1)))
-    assert torch.equal(state, torch.get_rng_state())
-
-
 @torch.no_grad()
 def test_random_positions_of_a_learned_order():
     """by="random" is the uniform order of an MDM, whatever w_hat says."""
     model = make_lomdm(learn_order=True)
     _, at = model.sample(torch.full((8000, 4), V), by="random")
     assert fits(count(at, oracle.orders(4)), torch.full((24,), 1 / 24))
-
-
-@torch.no_grad()
-def test_temperature_and_top_k():
-    model = make_lomdm(block_len=1)
-    z = torch.full((10_000, 4), V)
-    z[:, :3] = torch.tensor([0, 1, 2])
-    log_mu = model.log_probs(z[:1])[0, 3]
-    likely = log_mu.argsort(descending=True)
-
-    def drawn(**how):
-        x, _ = model.sample(z, generator=seeded(0), **how)
-        return x[:, 3].bincount(minlength=V)
-
-    assert drawn(temperature=0)[likely[0]] == len(z) == drawn(top_k=1)[likely[0]]
-    assert fits(drawn(temperature=2.0), (log_mu / 2).softmax(-1))
-    two = drawn(temperature=5.0, top_k=2)
-    assert two[likely[2]] == 0
-    assert fits(two[likely[:2]], (log_mu[likely[:2]] / 5).softmax(-1))
-    two = drawn(top_p=log_mu[likely[:2]].exp().sum().item() - 1e-9)
-    assert two[likely[2]] == 0
-    assert fits(two[likely[:2]], log_mu[likely[:2]].softmax(-1))
 
 
 def test_top_p_by_hand():
@@ -407,34 +304,6 @@ def test_predictions_see_their_own_and_earlier_blocks_only(block_len):
             assert torch.equal(moved, expected), j
 
 
-@pytest.mark.parametrize("block_len", [1, 2, 6])
-@torch.no_grad()
-def test_fast_path_never_sees_a_hidden_token(block_len):
-    """In features(z, x) the clean text may reach a prediction from earlier blocks only, and
-    the noisy one its own block only."""
-    model = make_lomdm(L=6, block_len=block_len, learn_order=block_len > 1)
-    b = torch.arange(6) // block_len
-    x = torch.randint(V, (1, 6))
-    z = torch.full((1, 6), V)
-
-    def predict(z, x):
-        h, _ = model.features(z, x)
-        return model.logits(h[:, :6]), h[:, 6:]
-
-    before, clean = predict(z, x)
-    for j in range(6):
-        other = x.clone()
-        other[0, j] = (x[0, j] + 1) % V
-        moved = (predict(z, other)[0] - before).abs().amax(-1)[0] > 1e-9
-        assert torch.equal(moved, b > b[j]), j
-
-        other = z.clone()
-        other[0, j] = 0
-        moved = (predict(other, x)[0] - before).abs().amax(-1)[0] > 1e-9
-        assert torch.equal(moved, (b == b[j]) & (block_len > 1)), j
-        assert torch.equal(predict(other, x)[1], clean)  # a clean copy sees nothing noisy
-
-
 # ---- dropout and precision ---------------------------------------------------------------
 
 
@@ -470,81 +339,7 @@ def test_likelihoods_and_weights_stay_in_single_precision():
         assert half.order_weights(x).dtype == half.nelbo(x).dtype == torch.float32
 
 
-# ---- large vocabularies and compilers ----------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["arm", "block", "block lomdm"])
-def test_logits_in_chunks(name, monkeypatch):
-    """The same loss and the same gradients whether logits are made at once or few at a time,
-    and never more of them than that."""
-    model = make_lomdm(8, **MODELS[name])
-    x = torch.randint(V, (4, 8))
-    sizes = []
-    spy(monkeypatch, LoMDM, "logits", lambda out, model, h: sizes.append(len(h)))
-    results = []
-    for limit in (2**26, 5 * V):
-        sizes.clear()
-        monkeypatch.setattr(lomdm, "MAX_LOGITS", limit)
-        torch.manual_seed(0)
-        model.zero_grad()
-        loss, _ = model.loss(x)
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    assert max(sizes) == 5
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("name", ["arm", "block lomdm"])
-def test_loss_compiles_to_one_graph(name):
-    model = make_lomdm(8, **MODELS[name])
-    x = torch.randint(V, (4, 8))
-    torch._dynamo.reset()
-    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
-    for seed in range(2):
-        torch.manual_seed(seed)
-        want = model.loss(x)[0]
-        torch.manual_seed(seed)
-        torch.testing.assert_close(compiled(x)[0], want)
-
-
 # ---- bad input ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "kw,message",
-    [
-        (dict(n_embd=10, n_head=3), "n_embd .* divisible by n_head"),
-        (dict(n_embd=6, n_head=2), "even quotient"),
-        (dict(seq_len=10, block_len=4), "seq_len .10. must be divisible by block_len .4."),
-        (dict(c1=0.5, c2=0.5), "c1 .* above c2"),
-        (dict(c2=-0.1), "c2 not negative"),
-        (dict(weights="softmax"), "normsig"),
-        (dict(learn_order=True, block_len=1), "only one order"),
-        (dict(dropout=1.0), "dropout"),
-        (dict(n_layer=0), "n_layer must be at least 1"),
-    ],
-)
-def test_bad_config(kw, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**(dict(vocab_size=3, seq_len=4, n_layer=1, n_head=1, n_embd=4) | kw))
-
-
-@pytest.mark.parametrize(
-    "ask,how,message",
-    [
-        *(("sample", dict(temperature=t), "temperature") for t in (-1, math.nan, math.inf)),
-        ("sample", dict(top_k=0), "top_k"),
-        ("sample", dict(top_p=0), "top_p"),
-        ("sample", dict(top_p=1.1), "top_p"),
-        ("sample", dict(per_step=0), "per_step must be at least 1"),
-        ("sample", dict(by="luck"), "by must be left, random, .* or order .* not 'luck'"),
-        ("nelbo", dict(n_draws=0), "n_draws must be at least 1, not 0"),
-        ("nelbo", dict(bound="elbo"), "bound must be 'jump' or 'paper', not 'elbo'"),
-    ],
-)
-def test_bad_calls(ask, how, message):
-    with pytest.raises(ValueError, match=message):
-        getattr(make_lomdm(), ask)(torch.full((2, 4), V if ask == "sample" else 0), **how)
 
 
 @pytest.mark.parametrize("ask", ["loss", "nelbo", "sample", "log_probs", "order_weights"])
@@ -556,12 +351,3 @@ def test_texts_that_are_no_whole_blocks_are_refused(ask):
         with pytest.raises(ValueError, match=rf"^texts must be \(B, L\), {limit}"):
             getattr(model, ask)(torch.full(shape, V if ask == "sample" else 0))
     getattr(model, ask)(torch.zeros(7, 2).long())
-
-
-@every_model
-def test_tokens_out_of_range_are_refused(kw):
-    """Not even PyTorch's own ignore_index, -100, costs nothing. The last token of an ARM is
-    only predicted."""
-    for token in (-100, -1, V + 1, 50):
-        with pytest.raises((IndexError, RuntimeError)):
-            make_lomdm(**kw).nelbo(torch.tensor([[0, 0, 0, token]]))
