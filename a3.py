@@ -36,7 +36,7 @@ where a GPT predicts it. Take the text a b c d with the groups 1 0 2 0: first b 
 then a, then c. A row sees a column where there is a #:
 
     slot              0     1  2  3  4        slot              0     1  2  3  4
-                    start   a  b  c  d                        start   a  b  c  d
+                    start   a  b  c  d             in slot    start   a  b  c  d
     content  start    #                       query  a?  0      #        #     #
              a        #     #  #     #               b?  1      #
              b        #        #     #               c?  2      #     #  #     #
@@ -110,8 +110,8 @@ def chunk_groups(B, L, size=1, device=None):
 def random_groups(B, L, size=1, generator=None, device=None):
     """A random order for each text, cut into groups of `size`: groups (B, L),
     int64."""
-    order = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)
-    return chunk_groups(B, L, size, device).gather(1, order)
+    place = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)
+    return chunk_groups(B, L, size, device).gather(1, place)  # position i comes as number place[i]
 
 
 def ranks(groups):
@@ -124,9 +124,9 @@ def ranks(groups):
 
 
 def who_sees(key_rank, content_rank, query_rank):
-    """The two masks of the picture above, for the ranks of what is read, key_rank (B, S), of
-    content rows (B, n) and of query rows (B, m): (B, 1, n, S) and (B, 1, m, S) bool, row sees
-    column."""
+    """The two masks of the picture above, (B, 1, n, S) and (B, 1, m, S) bool, in which a row
+    sees a column if True. key_rank (B, S) are the ranks of what is read, content_rank (B, n)
+    and query_rank (B, m) of what reads."""
     keys = key_rank[:, None, None, :]
     content_mask = keys <= content_rank[:, None, :, None]
     query_mask = keys < query_rank[:, None, :, None]
@@ -225,7 +225,7 @@ class A3(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.n_embd
         self.start_id = V
-        self.mask_id = V  # in the texts that sample() gets: a token to be filled in
+        self.mask_id = V  # in the texts that sample() gets: to be filled in, and never embedded
         self.wte = nn.Embedding(V + 1, C)  # the last row is the start token
 
         # A query that sees just the start token puts weight 1 on it, whatever the distance.
@@ -348,9 +348,10 @@ class A3(nn.Module):
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, order="random", size=1, generator=None):
-        """-log p(x) (B,) in nats, in groups of `size`. For the order "left", to right, it is
-        exact. For "random" it is the mean of n_draws random orders. Each of them is exact for
-        itself, and their mean is at least -log of the mean of p over all orders."""
+        """-log p(x) (B,) in nats, in groups of `size`. In the order "left", which means from
+        left to right, it is exact. For "random" it is the mean of n_draws random orders. Each
+        of them is exact for itself, and their mean is at least -log of the mean of p over all
+        orders."""
         need(order in ("left", "random"), f"order must be 'left' or 'random', not {order!r}")
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
         self.check(x)
@@ -382,6 +383,7 @@ class A3(nn.Module):
     def generate(self, x, groups, **how):
         """Fill what has groups >= 0 in x (B, L), one group a call: a draw from p(x | given),
         which is exact. how: temperature, top_k, top_p, generator, cache; see sample()."""
+        # With L positions at a time, all of a group are filled at once, whatever the rule.
         return self.decode(x, groups, x.shape[-1], "left", **how)[0]
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="left", **how):
@@ -652,7 +654,7 @@ def nll(model, h, x):
     backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
-        # ignore_index: by default a wrong id of -100 would cost nothing in place of an error
+        # By default the id -100 is ignored. Here no id is, so that a wrong one is an error.
         return F.cross_entropy(model.logits(h), x, reduction="none", ignore_index=-(2**63))
 
     chunks = zip(h.split(rows), x.split(rows), strict=True)

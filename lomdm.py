@@ -232,8 +232,9 @@ class Order(nn.Module):
     It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
     matters, as weights that are all doubled give the same orders.
 
-    The head does not shape the features that it reads, hence detach(). It has no dropout, as
-    w_hat is to match w, and noise in either costs nats."""
+    The head does not shape the features that it reads, hence detach(): they are for guessing
+    tokens, and the gradient of an order is noisy. It has no dropout, as w_hat is to match w,
+    and noise in either costs nats."""
 
     def __init__(self, config):
         super().__init__()
@@ -276,9 +277,10 @@ class Uniform(nn.Module):
 
 
 def jump_terms(nll, w, w_hat, hidden):
-    """Equation (2) for one step k, times the number of steps K. At this step the positions
-    `hidden` are left, and W and W_hat are the sums of their weights. The next position is i
-    with probability w_i / W, so the expected cost of the step is
+    """Equation (2) for one step k of a block of K positions, times the K steps that it has. (A
+    step from one position to the next is called a jump, hence the name.) At this step the
+    positions `hidden` are left, and W and W_hat are the sums of their weights. The next
+    position is i with probability w_i / W, so the expected cost of the step is
 
         sum over hidden i of  (w_i / W) [ nll_i + log(w_i / W) - log(w_hat_i / W_hat) ]
 
@@ -348,13 +350,15 @@ class LoMDM(nn.Module):
 
     # What does the network read, to predict the hidden tokens of z? The three functions below
     # answer for the three kinds of models: tokens (B, T), their positions (T,), and the mask.
-    # The predictions come out at the first L of the T places. In training x is the clean text,
-    # as each block looks back at clean blocks. While text is written x is None, as all blocks
-    # of z before the current one are finished.
+    # The predictions come out at the first L of the T places. In training z is the text with
+    # hidden tokens, and x the clean text, as each block looks back at clean blocks. While text
+    # is written there is only z: all its blocks before the current one are finished. Then x is
+    # None.
 
     def arm_inputs(self, z, x):
         """Left to right: each place reads the token before its own, and all before that.
-        [MASK] serves as start token. T = L."""
+        [MASK] serves as start token. T = L. In training all of z is hidden, as k is 0 in
+        every block of one, so the clean x is read."""
         text = z if x is None else x
         shifted = F.pad(text[:, :-1], (1, 0), value=self.mask_id)
         return shifted, torch.arange(z.shape[1], device=z.device), CAUSAL
@@ -399,8 +403,7 @@ class LoMDM(nn.Module):
 
     def features(self, z, x=None):
         """The backbone on inputs(z, x): its features h (B, T, C), and how a head may attend to
-        them: (rotary, mask). T is L, or 2 L with a clean copy that a learned order looks
-        at."""
+        them: (rotary, mask). T is L, or 2 L with a clean copy: see block_inputs()."""
         tokens, pos, mask = self.inputs(z, x)
         rotary = rotary_tables(pos, self.config.n_embd // self.config.n_head)
         h = self.wte(tokens) + self.wpe(pos)  # (B, T, C)
@@ -749,7 +752,7 @@ def nll(model, h, x):
     backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
-        # ignore_index: by default a wrong id of -100 would cost nothing in place of an error
+        # By default the id -100 is ignored. Here no id is, so that a wrong one is an error.
         return F.cross_entropy(model.logits(h), x, reduction="none", ignore_index=-(2**63))
 
     chunks = zip(h.split(rows), x.split(rows), strict=True)
@@ -792,8 +795,8 @@ def nll(model, h, x):
 #
 # Why not train on (5), at a random time? It has the weight w / t, which is large where t is
 # small. Something is hidden there with probability about t^w, so its square has a mean like
-# the integral of t^w / t^2, which is infinite if w <= 1. With orders no weight is larger than
-# K.
+# the integral of t^w / t^2, which is infinite if w <= 1. In (2), drawn
+# by steps, no position weighs more than K.
 
 
 def schedule(tau, w=1.0, speed=1):

@@ -34,9 +34,10 @@ from plumbing.processes import RANK, WORLD
 
 # ---- models ----------------------------------------------------------------------------------
 
-# This table is what OeMDM claims: one objective, and fields of its Config that make an ARM, an
-# MDM or a learned order of it. name: class, Config, and these fields. Other fields of Config
-# come from the flags of the same name.
+# This table is the paper's claim: one objective, and fields of its Config that make an ARM, an
+# MDM or a learned order of it. Each line is the name of a model, its class, its Config, and the
+# fields that make this model of them. All other fields of Config come from the flags of the
+# same name.
 MODELS = {
     "arm": (lomdm.LoMDM, lomdm.Config, {"block_len": 1}),  # blocks of one, left to right: a GPT
     "mdm": (lomdm.LoMDM, lomdm.Config, {}),  # one block, and all orders are equally likely
@@ -73,8 +74,8 @@ def figures_of(model):
     return {"exact" if model.config.block_len == 1 else "bound": {}}
 
 
-# A digest of these is in the log of each run, so that a figure from other code can be told
-# apart.
+# A digest of these files is in the log of each run. It shows whether a figure was made by this
+# version of the code.
 HERE = Path(__file__).parent
 OUR_CODE = [HERE / "lomdm.py", HERE / "a3.py", HERE / "train_char.py"]
 OUR_CODE += sorted(HERE.glob("beyond/*.py"))
@@ -183,8 +184,8 @@ class Settings:
 
 
 def settle(s, device, like=None):
-    """Fill in the settings that follow the preset, a model `like` that is given, or other
-    flags, and refuse what cannot be."""
+    """Fill in the settings that follow the preset or other flags, and refuse what cannot be.
+    like: a pretrained model whose sizes are taken over, or None."""
     known = dict(PRESETS[s.preset])
     if s.text_len:
         known["seq_len"] = s.text_len
@@ -244,7 +245,7 @@ def spread(n, L, most):
 def get_batch(s, text, step, m, device):
     """Windows (batch_size, seq_len) for micro-batch m of a step. The seed that is set here
     also decides what the loss draws: orders, and dropout."""
-    entropy = (s.seed, step, m + 1)  # m + 1, as SeedSequence takes (7,) and (7, 0) for the same
+    entropy = (s.seed, step, m + 1)  # not m, as SeedSequence drops a 0 at the end
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
 
@@ -496,22 +497,28 @@ def follow_device(s):
     return device
 
 
-def main(argv=None):
-    given = cli.parse(Settings, argv, __doc__, PRESETS)
-    given = given | processes.join(given.get("device"))
-
-    # The settings. A run that goes on has a checkpoint and a model. A new one may have a
-    # pretrained model, with the tokenizer `wanted`.
-    ckpt = model = lock = wanted = None
+def begin(given):
+    """The settings, the device, and what is there already: a checkpoint and its model if the run
+    goes on; a pretrained model and the tokenizer that it needs, if there is one. Also the lock
+    of the run's folder, held as long as this process lives."""
+    ckpt = model = lock = tokenizer = None
     s = Settings(**given)
     if s.resume:
         s, ckpt, model, lock = go_on(given)
     device = follow_device(s)
     if s.init_from and not ckpt:
         cli.check(s)  # is it for this model?
-        model, wanted = pretrained(s)
+        model, tokenizer = pretrained(s)
     settle(s, device, None if ckpt else model)
-    lock = lock or checkpoint.only_run(Path(s.out_dir))  # held as long as this process lives
+    lock = lock or checkpoint.only_run(Path(s.out_dir))
+    return s, device, ckpt, model, tokenizer, lock
+
+
+def main(argv=None):
+    given = cli.parse(Settings, argv, __doc__, PRESETS)
+    given = given | processes.join(given.get("device"))
+
+    s, device, ckpt, model, wanted, _lock = begin(given)
 
     # The text.
     with processes.first_only():

@@ -12,7 +12,8 @@ then a text in that order. To train, the order is drawn by q, which has seen the
     -log p(x)  <=  E_{order ~ q(. | x)}  sum_k [ -log p(x_{order_k} | x_{order_<k})   recon     (2)
                         + log q(order_k | order_<k, x) - log q_hat(order_k | order_<k) ]   order
 
-This is the bound of lomdm.py, with all L terms at once. With q and q_hat uniform it is A3's
+This is the bound of lomdm.py with all L terms at once, and with a q_hat that does not look at
+the tokens. With q and q_hat uniform it is A3's
 loss for random orders. With all weight on left to right it is the loss of a GPT.
 
 What orders are there? A text is read in one of three ways: roughly from left to right, roughly
@@ -74,7 +75,7 @@ class Order(nn.Module):
         float32 = torch.promote_types(self.log_weight_steps.dtype, torch.float32)
         steps = self.log_weight_steps[:, :L].to(float32)
         s = -(self.scale * steps).cumsum(1)
-        return F.pad(s, (0, 0, 0, 1))
+        return F.pad(s, (0, 0, 0, 1))  # a third row, of zeros
 
     def log_q_way(self, x):
         """log q(way | x) (B, 3) for texts x (B, L). Each entry of the vocabulary that is in a
@@ -110,10 +111,10 @@ class Order(nn.Module):
 
         # In a race, a step has probability exp(s_i) / the sum over those that are left.
         left = s.flip(2).logcumsumexp(2).flip(2)
-        so_far = (s - left).cumsum(2)  # (B, 3, L): log-probability of the first k steps, by way
+        given_way = (s - left).cumsum(2)  # (B, 3, L): log p(first k steps | way)
 
         # The mixture of the three, and what each step adds to it.
-        so_far = (log_way[..., None] + so_far).logsumexp(1)  # (B, L)
+        so_far = (log_way[..., None] + given_way).logsumexp(1)  # (B, L): log p(first k steps)
         return so_far.diff(dim=1, prepend=torch.zeros_like(so_far[:, :1]))
 
 
@@ -234,9 +235,11 @@ class LoA3(a3.A3):
         super().load_arm({**state_dict, **mine})
 
     def parameter_groups(self):
-        """What an optimiser should know about the order: no weight decay; a large eps, as by
-        itself Adam would blow up noise; and no learning in the first third of the steps. Until
-        then both directions are kept alive, as the one that is easy first is often the wrong
-        one."""
+        """What an optimiser should know about the order.
+
+        No weight decay. A large eps: where gradients are far below 0.3, Adam is then plain
+        gradient descent with the rate lr / 0.3, while with a small eps it would blow up noise.
+        No learning in the first third of the steps (train_step() sets lr to 0). Until then
+        both directions are read, as the one that is easy first is often the wrong one."""
         params = list(self.order.parameters())
         return [{"params": params, "weight_decay": 0.0, "eps": 0.3, "starts_after": 1 / 3}]

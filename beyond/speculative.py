@@ -7,8 +7,9 @@ not see each other, so together they are not a draw from p. Treat them as drafts
 all k drafts, and predicts each from the tokens before it, drafts included. That is p. Go
 through the drafts in order, and accept a draft with probability min(1, p / q). Draw the first
 one that is refused anew, from max(0, p - q), and forget the rest. What comes out is a draw
-from p, whatever q is (Leviathan et al., arXiv:2211.17192; for any order: arXiv:2504.20456).
-The first draft saw all there was, so q = p and it is always accepted.
+from p, whatever q is: a token is drawn and accepted with probability min(p, q), and max(0, p -
+q) is what is missing to p (Leviathan et al., arXiv:2211.17192; for any order:
+arXiv:2504.20456). The first draft saw all there was, so q = p and it is always accepted.
 
 The same call can draft the next tokens, too, as the queries of an A3 may look at any number of
 committed tokens. It does not know yet how many drafts will be accepted, 1 to k, so it asks k
@@ -88,7 +89,7 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
 
 def given_tokens(model, x, order, done):
     """The start token and what is given in x (B, L): tokens, slots and ranks (B, 1 + n). Short
-    rows are padded with rank L + 1, which nobody sees."""
+    rows are padded with rank L + 1. Only queries behind the end, which are cut off, see it."""
     L, n = x.shape[1], int(done.max())
     at = order[:, :n]
     place = torch.arange(n, device=x.device).expand_as(at)

@@ -13,7 +13,8 @@ STYLE = (
     "text{font:13px sans-serif;fill:#222}.axis{stroke:#888;fill:none}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
 )
-WIDTH, HEIGHT = 720, 400
+WIDTH = 720
+HEIGHT = 400
 LEFT, TOP, RIGHT, BOTTOM = 60, 15, 530, 350  # of the axes
 
 
@@ -26,7 +27,8 @@ def ticks(low, high):
 
 def spread(values, margin):
     """Their range and a margin, a share of it; never empty."""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     margin = margin * (high - low) if high > low else 0.5 * abs(low) or 1
     return low - margin, high + margin
 
@@ -40,7 +42,8 @@ def chart(series, xlabel, ylabel, names=None):
     y0, y1 = spread([y + sign * e for _, y, e in points for sign in (-1, 1)], 0.04)
 
     def at(x, y):
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        across = (x - x0) / (x1 - x0)
+        up = (y - y0) / (y1 - y0)
         return LEFT + (RIGHT - LEFT) * across, BOTTOM - (BOTTOM - TOP) * up
 
     labels = list(enumerate(names)) if names else [(x, f"{x:,.4g}") for x in ticks(x0, x1)]
@@ -51,11 +54,14 @@ def chart(series, xlabel, ylabel, names=None):
         ylabel,
     )
     for i, (label, line) in enumerate(series.items()):
-        colour, y = COLOURS[i % len(COLOURS)], TOP + 14 + 20 * i
-        out += curve([(*at(x, y), at(x, y - e)[1], at(x, y + e)[1]) for x, y, e in line], colour,
-                     joined=not names)  # fmt: skip
+        colour = COLOURS[i % len(COLOURS)]
+        places = [(*at(x, y), at(x, y - e)[1], at(x, y + e)[1]) for x, y, e in line]
+        out += curve(places, colour, joined=not names)
+
+        y = TOP + 14 + 20 * i
         box = f'<rect x="{RIGHT + 14}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
         out += [box, text(label, f'x="{RIGHT + 30}" y="{y}"')]
+
     view = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
     return "\n".join([f"{view}<style>{STYLE}</style>", *out, "</svg>\n"])
 

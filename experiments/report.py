@@ -1,78 +1,95 @@
 """
-Writes RESULTS.md: page.md, in which what stands in {{double braces}} is replaced by what the logs
-say, and the pictures that are made of logs alone.
+Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs say.
 
     python -m experiments.report
 
-A run is named without its seed: a figure is a mean over the seeds that have been run, ± its
-standard error. Where none has, the section is left out.
+    {{losses arm mdm}}          a table of the validation figures of these runs
+    {{pairs a3-arm left:a-b}}   a table of differences, seed by seed; left: of these figures
+    {{curves c.svg arm mdm}}    a picture of validation figures during training
+    {{rows NAME PATTERN}}       what a measurement printed: each match is a row of its groups
+    {{nats arm left}}           one figure of a run, that has the word left
+    {{find NAME PATTERN}}       the group of each match in what a measurement printed
+    {{log NAME NAME}}           where measurements were made, and links to what they printed
+
+The word x68 multiplies: a text of 68 tokens. In a pattern a space is any white space, and NUM a
+number with its error. A run is named without its seed: a figure is a mean over the seeds that have
+been run, ± its standard error. A section in which something has not been made is left out.
 """
 
 import math
 import re
 import statistics
+import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
-from experiments import charts, run_all
-from experiments.run_all import FIVE, SIZES
+from experiments import charts, table
 from plumbing import checkpoint, cli
-from plumbing.cli import refuse
+from plumbing.cli import need
 
 HERE = Path("experiments")
-NOT_YET = "(not there yet)"
+NOT_YET = "NOT_MADE_YET"  # one word, which no line break divides
+OLD = " †"  # after what was made by other code than today's
 LABELS = {
-    "arm": "ARM", "mdm": "MDM", "block4": "block diffusion, 4", "block16": "block diffusion, 16",
-    "block17": "block diffusion, 17: a line", "lomdm": "LoMDM", "lomdm_exp": "LoMDM, exp weights",
-    "lomdm_frozen": "LoMDM, order frozen", "mdm_32": "MDM, twice the windows",
-    "a3": "A3", "loa3": "LoA3",
-    "share01": "LoA3, `--random_share 0.1`", "share03": "LoA3, `--random_share 0.3`",
-    "stages": "A3 from the ARM, three stages", "stage3": "A3 from the ARM, stage 3 only",
-    "vector": "A3, queries of one vector",
-    "vector_stage3": "A3 from the ARM, stage 3 only, queries of one vector",
-    "mdm_by_time": "MDM, random times", "lomdm_by_time": "LoMDM, random times",
-}  # fmt: skip
+    "arm": "ARM",
+    "mdm": "MDM",
+    "mdm_32": "MDM, 32 windows a step",
+    "mdm_by_time": "MDM, random times",
+    "block4": "block diffusion, 4",
+    "block16": "block diffusion, 16",
+    "block17": "block diffusion, 17: a line",
+    "lomdm": "LoMDM",
+    "lomdm_exp": "LoMDM, steep weights",
+    "lomdm_frozen": "LoMDM, equal weights",
+    "lomdm_by_time": "LoMDM, random times",
+    "a3": "A3",
+    "stages": "A3 from the ARM, three stages",
+    "stage3": "A3 from the ARM, stage 3 only",
+    "vector": "A3, no left neighbour",
+    "vector_stage3": "A3 from the ARM, stage 3 only, no left neighbour",
+    "loa3": "LoA3",
+    "share01": "LoA3, a tenth in random order",
+    "share03": "LoA3, three tenths in random order",
+    "smol0": "SmolLM2 as an A3, before",
+    "smol": "SmolLM2 as an A3, after",
+}
 
 
 def label(name):
-    """For a reader. Prefixes go, as each has a table of its own."""
-    name = re.sub("^((fresh|film|both|long|base|gpt2)_)+", "", name)
-    longer = name not in LABELS and name.endswith("_time")
-    base = name.removesuffix("_time") if longer else name
-    return LABELS.get(base, base) + (", equal time" if longer else "")
+    """What a reader calls a run. What its table has in common goes: film_, _time, the seed."""
+    name = re.sub(r"^((fresh|film|both|long|base|gpt2)_)+", "", name)
+    for end in (r"_s\d+$", "(?<!by)_time$"):
+        name = re.sub(end, "", name)
+    return LABELS.get(name, name)
 
 
-# ---- what the logs say ---------------------------------------------------------------------------
-def everything():
-    return *run_all.items(cuda=False), *run_all.items(cuda=True)
+def row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def seeds(name):
-    """The runs of this name, one for each seed."""
-    found = [item for item in everything() if item.name.rpartition("_s")[0] == name]
-    refuse(not found, f"page.md: run_all.py has no run of the name {name}")
-    return found
+def head(*cells):
+    return [row(*cells), "|---" * len(cells) + "|"]
 
 
-def logs(name):
-    """[(header, validations)] of the seeds that have been run."""
-    done = [item for item in seeds(name) if run_all.state(item) == "done"]
-    found = [checkpoint.read_log(run_all.LOGS / item.name) for item in done]
-    return [(header, [row for row in rows if "val" in row]) for header, *rows in found]
+# ---- figures of runs -----------------------------------------------------------------------------
+def done_runs(name):
+    """The runs of this name, one for each seed, that have been made."""
+    found = [item for item in table.items() if item.name.rpartition("_s")[0] == name]
+    need(found, f"page.md: table.py has no run of the name {name}")
+    return [item for item in found if table.is_done(item)]
 
 
-def seconds(name):
-    """Of training, in the fastest of the seeds, as others had to share the machine."""
-    done = [item for item in seeds(name) if run_all.state(item) == "done"]
-    rows = (checkpoint.read_log(run_all.LOGS / item.name)[1:] for item in done)
-    return f"{min(max(row.get('seconds', 0) for row in some) for some in rows):.0f}"
+def validations(name):
+    """[(header, rows)] of these runs, the rows that have a validation figure."""
+    logs = map(table.read_log, done_runs(name))
+    return [(header, [row for row in rows if "val" in row]) for header, rows in logs]
 
 
 def best(name):
     """{kind: {seed: (value, error over windows)}}, at the step where the first kind is lowest."""
     found = defaultdict(dict)
-    for header, rows in logs(name):
+    for header, rows in validations(name):
         judged = [row for row in rows if row["kind"] == rows[0]["kind"]]
         step = min(judged, key=lambda row: row["val"])["step"]
         for row in rows:
@@ -84,8 +101,8 @@ def best(name):
 def figure(name, word=""):
     """The kind that has this word, the first one if none is given, and {seed: value} of it."""
     found = best(name)
-    kinds = [kind for kind in found if word.replace("_", " ") in kind]
-    refuse(found and not kinds, f"page.md: {name} has no figure {word}, but {', '.join(found)}")
+    kinds = [kind for kind in found if word in kind]
+    need(kinds or not found, f"page.md: {name} has no figure {word}, but {', '.join(found)}")
     kind = kinds[0] if kinds else ""
     return kind, {seed: value for seed, (value, _) in found[kind].items()}
 
@@ -101,232 +118,175 @@ def shown(values, sign=""):
     return f"{mean:{sign}.4f}" + (f" ± {error:.4f}" if len(values) > 1 else "")
 
 
-def row(*cells):
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-# ---- what stands in braces -----------------------------------------------------------------------
 def multiplied(words):
-    """The words but for one such as x68, tokens a text; its number, or 1; and the unit."""
-    times = math.prod(int(word[1:]) for word in words if re.fullmatch(r"x\d+", word))
+    """The words but for one such as x68; its number, or 1; and the unit."""
+    factors = [int(word[1:]) for word in words if re.fullmatch(r"x\d+", word)]
     words = [word for word in words if not re.fullmatch(r"x\d+", word)]
-    return words, times, "nats a text" if times > 1 else "nats per token"
+    times = math.prod(factors)
+    return words, times, "nats a text" if factors else "nats per token"
 
 
+def made(names):
+    """A line about these runs: how large they are, where they were made, and their names."""
+    sizes = {}  # a set that keeps its order
+    where = defaultdict(list)
+    for item in (item for name in names for item in done_runs(name)):
+        header, _ = table.read_log(item)
+        s = header["settings"]
+        compiled = ", compiled" if s["compile"] else ""
+        size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
+        sizes[f"{size}, {s['dtype']}{compiled}"] = True
+        where[machine_of(item)].append(item.name)
+
+    usual = max(where, key=lambda machine: len(where[machine]))
+    others = [f", {', '.join(where[m])} on {m}" for m in where if m != usual]
+    made_on = f"Made on {usual}{''.join(others)}"
+    return f"*{'; '.join(sizes)}. {made_on}. Logs: {', '.join(names)}.*"
+
+
+def machine_of(item):
+    header, _ = table.read_log(item)
+    return header["hardware"] + (OLD if table.is_old(item) else "")
+
+
+# ---- the words -----------------------------------------------------------------------------------
 def losses(*names):
-    """A table of validation figures. A word such as x68 multiplies them all: tokens a text."""
     names, times, unit = multiplied(names)
-    head = "model", "steps x batch", "seconds", f"{unit} ± seeds", "seeds", "± windows"
-    out = [row(*head, "what it is"), "|---" * 7 + "|"]
+    out = head("model", "steps x windows", "seconds", f"{unit} ± seeds", "seeds", "what it is")
     for name in names:
-        for kind, found in best(name).items() or [(NOT_YET, {})]:
-            if not found:
-                out.append(row(label(name), "", "", "", 0, "", kind))
-                continue
-            s, values = logs(name)[0][0]["settings"], [times * value for value, _ in found.values()]
-            size = f"{s['max_iters']:,} x {s['batch_size']}"
-            size += ", twice" if s["model"].startswith("lomdm") else ""
-            windows = times * statistics.mean(error for _, error in found.values())
-            cells = label(name), size, seconds(name), shown(values), len(values), f"{windows:.4f}"
-            out.append(row(*cells, kind))
-    return "\n".join(out + elsewhere(names))
+        if not done_runs(name):
+            return NOT_YET
+        s = validations(name)[0][0]["settings"]
+        size = f"{s['max_iters']:,} x {s['batch_size']}"
+        size += ", twice" if s["model"].startswith("lomdm") else ""
+        for kind, found in best(name).items():
+            values = [times * value for value, _ in found.values()]
+            cost = shown(values)
+            if len(values) == 1:
+                ((_, error),) = found.values()
+                cost += f" (± {times * error:.4f} over windows)"
+            out.append(row(label(name), size, seconds(name), cost, len(values), kind))
+    return "\n".join([*out, "", made(names)])
 
 
-def elsewhere(names):
-    """A note on the seeds of these runs that were not made where most of them were."""
-    where = defaultdict(lambda: defaultdict(list))  # {hardware: {name: [seed]}}
-    for name in names:
-        for header, _ in logs(name):
-            where[header["hardware"]][name].append(str(header["settings"]["seed"]))
-    usual = max(where, key=lambda machine: sum(map(len, where[machine].values())), default=None)
-    notes = [
-        f"On {machine}: "
-        + ", ".join(f"{label(name)} (seed {', '.join(some)})" for name, some in runs.items())
-        for machine, runs in where.items()
-        if machine != usual
-    ]
-    return ["", f"*{'; '.join(notes)}; all others on {usual}.*"] if notes else []
+def seconds(name):
+    """Of training, in the fastest of the seeds, as others had to share the machine."""
+    logs = (table.read_log(item)[1] for item in done_runs(name))
+    return f"{min(max(row.get('seconds', 0) for row in rows) for rows in logs):.0f}"
 
 
 def pairs(*names):
-    """A table of differences, seed by seed, both on the same windows: a-b is what a costs more, by
-    their first figures; left:a-b by those that have the word left. x68 as in losses()."""
     names, times, unit = multiplied(names)
-    out = [row("", f"{unit} ± seeds", "seeds", "what they are"), "|---" * 4 + "|"]
+    used = {}  # a set that keeps its order
+    out = head("", f"{unit} ± seeds", "seeds", "what they are")
     for pair in names:
         word, _, pair = pair.rpartition(":")
-        (one, a), (other, b) = (figure(name, word) for name in pair.split("-"))
+        one, other = pair.split("-")
+        kind, a = figure(one, word)
+        other_kind, b = figure(other, word)
         less = [times * (a[seed] - b[seed]) for seed in sorted(a.keys() & b.keys())]
-        kind = f"{one} − {other}" if one != other else one
-        what = row(shown(less, "+") if less else "", len(less), kind if less else NOT_YET)
-        out.append(f"| {' − '.join(map(label, pair.split('-')))} {what}")
-    return "\n".join(out)
+        if not less:
+            return NOT_YET
+
+        kinds = kind if kind == other_kind else f"{kind} − {other_kind}"
+        out.append(row(f"{label(one)} − {label(other)}", shown(less, "+"), len(less), kinds))
+        used |= {one: True, other: True}
+    return "\n".join([*out, "", made(used)])
 
 
-def nats(name, word="", times="1"):
-    """Inline: the figure whose kind has this word, the first one if none is given."""
-    values = figure(name, word)[1].values()
-    return shown([int(times) * value for value in values]) if values else NOT_YET
-
-
-def each(name, times="1"):
-    """Inline: the first figure of every seed."""
-    values = figure(name)[1].values()
-    return ", ".join(f"{int(times) * value:.4f}" for value in values) or NOT_YET
-
-
-def measurement(name):
-    """The item of this name, and what it has printed, None unless that is of today's runs."""
-    found = [item for item in everything() if item.name == name]
-    refuse(not found, f"page.md: run_all.py has no measurement of the name {name}")
-    path, done = run_all.LOGS / f"{name}.txt", run_all.state(found[0]) == "done"
-    return found[0], path.read_text("utf-8") if done else None
-
-
-def find(name, pattern):
-    """Inline: what the group in a pattern, in which \\s is a space, finds in a measurement."""
-    _, text = measurement(name)
-    if text is None:
-        return NOT_YET
-    found = re.search(pattern, text, re.M)
-    refuse(not found, f"page.md: what {name} printed has no {pattern}")
-    return found[1]
-
-
-def size_of(s):
-    """Of the model and of the training in these settings."""
-    size = f"{s['n_layer']} layers, {s['n_embd']} wide, {s['seq_len']} tokens of context"
-    return f"{size}, {s['max_iters']:,} steps of {s['batch_size']} windows"
-
-
-def output(name):
-    """What a measurement has printed, with its command, and how large its runs are."""
-    item, text = measurement(name)
-    if text is None:
-        return f"{NOT_YET}: {name}"
-    sizes = defaultdict(list)
-    for run in sorted(run_all.needs(item)):
-        header, *_ = checkpoint.read_log(run_all.LOGS / run)
-        sizes[size_of(header["settings"])].append(run)
-    of = "; ".join(f"{', '.join(runs)}: {size}" for size, runs in sizes.items())
-    return f"```\n{text.rstrip()}\n```" + (f"\n\n*{of}.*" if of else "")
-
-
-def made(name):
-    """Inline: where, how and at what size a run was made."""
-    if not logs(name):
-        return NOT_YET
-    header, s = logs(name)[0][0], logs(name)[0][0]["settings"]
-    how = f"{s['dtype']}, compiled" if s["compile"] else s["dtype"]
-    return f"{size_of(s)}; {header['hardware']}, {how}"
-
-
-def steps(name):
-    """A table of one run's figures as it goes on."""
-    if not logs(name):
-        return f"{NOT_YET}: {name}"
-    _, rows = logs(name)[0]
-    kinds = list(dict.fromkeys(line["kind"] for line in rows))
-    at = {(line["step"], line["kind"]): line for line in rows}
-    out = [row("step", *(f"{kind} ± windows" for kind in kinds)), "|---" * (1 + len(kinds)) + "|"]
-    for step in dict.fromkeys(line["step"] for line in rows):
-        found = [at[step, kind] for kind in kinds]
-        out.append(row(f"{step:,}", *(f"{f['val']:.4f} ± {f['val_error']:.4f}" for f in found)))
-    return "\n".join(out)
+def nats(name, *words):
+    words, times, _ = multiplied(words)
+    _, found = figure(name, " ".join(words))
+    return shown([times * value for value in found.values()]) if found else NOT_YET
 
 
 def curves(picture, *names):
-    """A picture: validation at each step."""
     series = {}
     for name in names:
-        refuse(label(name) in series, f"page.md: two curves are {label(name)}")
         at = defaultdict(list)
-        for _, rows in logs(name):
+        for _, rows in validations(name):
             for line in rows:
                 if line["kind"] == rows[0]["kind"]:
                     at[line["step"]].append(line["val"])
+        if not at:
+            return NOT_YET
         series[label(name)] = [(step, *mean_error(values)) for step, values in sorted(at.items())]
-    return draw(picture, series, "steps", "nats per token, validation")
 
-
-def draw(picture, series, xlabel, ylabel):
-    series = {name: points for name, points in series.items() if points}
-    if not series:
-        return NOT_YET
-    svg = charts.chart(series, xlabel, ylabel)
+    what = "nats per token, validation"
+    svg = charts.chart(series, "steps", what)
     checkpoint.write_file(HERE / "pictures" / picture, lambda path: path.write_text(svg, "utf-8"))
-    return f"![{ylabel}](pictures/{picture})"
+    return f"![{what}](pictures/{picture})"
 
 
-def power_law(points):
-    """The line through (x, y), least squares: slope, its standard error, and y at 0."""
-    n, (mx, my) = len(points), (statistics.mean(column) for column in zip(*points, strict=True))
-    sxx = sum((x - mx) ** 2 for x, _ in points)
-    slope = sum((x - mx) * (y - my) for x, y in points) / sxx
-    rest = sum((y - my - slope * (x - mx)) ** 2 for x, y in points)
-    return slope, math.sqrt(rest / (n - 2) / sxx), my - slope * mx
+def measurement(name):
+    found = [item for item in table.items() if item.name == name]
+    need(found, f"page.md: table.py has no measurement of the name {name}")
+    return found[0]
 
 
-def scaling(picture):
-    """Loss against compute: a table, the power law through each model's points, and a picture."""
-    points, kinds = defaultdict(list), {}  # of each model: logarithms of FLOP and nats
-    head = "layers x width", *(f"{label(name)}: nats ± windows, TFLOP" for name in FIVE)
-    out = [row(*head), "|---" * len(head) + "|"]
-    for size in (f"{n_layer}x{n_embd}" for n_layer, n_embd in SIZES):
-        cells = [size]
-        for name in FIVE:
-            counted = "loa3" if name == "a3" else name  # as many operations
-            mflop = find(f"count_{size}", rf"^{counted} +\S+M +([\d.,]+)")
-            if not logs(f"{name}_{size}") or mflop == NOT_YET:
-                cells.append(NOT_YET)
-                continue
-            kinds[name], found = next(iter(best(f"{name}_{size}").items()))
-            ((value, error),) = found.values()
-            s = logs(f"{name}_{size}")[0][0]["settings"]
-            tokens = s["max_iters"] * s["batch_size"] * s["seq_len"]
-            flop = 1e6 * float(mflop.replace(",", "")) * tokens
-            points[name].append((math.log10(flop), math.log10(value)))
-            cells.append(f"{value:.4f} ± {error:.4f}, {flop / 1e12:,.1f}")
-        out.append(row(*cells))
-    laws = {name: power_law(found) for name, found in points.items() if len(found) == len(SIZES)}
-    if "arm" in laws:
-        head = "", "nats ~ FLOP to the power ± fit", "meets the ARM at", "what they are"
-        out += ["", row(*head), "|---" * 4 + "|"]
-        for name, (slope, error, at_0) in laws.items():
-            steeper = laws["arm"][0] - slope
-            x = (at_0 - laws["arm"][2]) / steeper if steeper > 0 else math.inf
-            where = f"10^{x:.0f} FLOP" if x < 100 else "never"
-            unsure = abs(steeper) < 2 * math.hypot(error, laws["arm"][1])
-            where = "" if name == "arm" else where + (", but see the errors" if unsure else "")
-            out.append(row(label(name), f"{slope:+.4f} ± {error:.4f}", where, kinds[name]))
-    series = {label(name): [(x, 10**y, 0.0) for x, y in found] for name, found in points.items()}
-    words = "compute, powers of ten of FLOP", "nats per token, validation"
-    return "\n".join([*out, "", draw(picture, series, *words)])
+def matches(name, pattern):
+    """All matches in what this measurement has printed, [] if it has not been made."""
+    header, text = table.read_log(measurement(name))
+    if not header:
+        return []
+
+    number = r"([-+]?\d[\d.,]*\d(?: ± [\d.]+)?)"
+    pattern = pattern.replace("NUM", number).replace(" ", r"\s+")
+    found = list(re.finditer(pattern, text, re.M))
+    need(found, f"page.md: what {name} printed has no {pattern}")
+    return found
+
+
+def rows(name, *pattern):
+    out = []
+    for match in matches(name, " ".join(pattern)):
+        first, *more = (group or "" for group in match.groups())
+        out.append(row(label(first), *more))
+    return "\n".join([*out, "", log(name)]) if out else NOT_YET
+
+
+def find(name, *pattern):
+    found = matches(name, " ".join(pattern))
+    return ", ".join(match[1] for match in found) or NOT_YET
+
+
+def log(*names):
+    """Where measurements were made, and a link to all that they printed."""
+    where = defaultdict(list)
+    for item in map(measurement, names):
+        if not table.is_done(item):
+            return NOT_YET
+        where[machine_of(item)].append(f"[{item.log.name}](logs/{item.log.name})")
+    made_on = [f"{', '.join(links)}: made on {machine}." for machine, links in where.items()]
+    return f"*{' '.join(made_on)}*"
 
 
 # ---- the page ------------------------------------------------------------------------------------
-WORDS = (losses, pairs, steps, nats, each, find, output, made, curves, scaling)
+WORDS = {word.__name__: word for word in (losses, pairs, nats, curves, rows, find, log)}
 
 
 def fill(match):
     word, *more = match[1].split()
-    known = {f.__name__: f for f in WORDS}
-    refuse(word not in known, f"page.md: {word} is none of {', '.join(known)}")
-    return known[word](*more)
+    need(word in WORDS, f"page.md: {word} is none of {', '.join(WORDS)}")
+    return WORDS[word](*more)
+
+
+def wrapped(paragraph):
+    prose = not paragraph.startswith(("|", "#", "!"))
+    return textwrap.fill(paragraph, 99, break_on_hyphens=False) if prose else paragraph
 
 
 def page():
     """RESULTS.md, as it should be. A section in which something is missing is left out, and named
     at the end. Draws its pictures."""
-    text = re.sub(r"\{\{(.+?)\}\}", fill, (HERE / "page.md").read_text("utf-8"))
+    text = re.sub(r"\{\{(.+?)\}\}", fill, (HERE / "page.md").read_text("utf-8"), flags=re.S)
+    text = "\n\n".join(map(wrapped, text.strip().split("\n\n"))) + "\n"
     sections = re.split(r"^(?=#+ )", text, flags=re.M)
-    missing = [s.partition("\n")[0].lstrip("# ") for s in sections if NOT_YET in s]
+    missing = [part.partition("\n")[0].lstrip("# ") for part in sections if NOT_YET in part]
     if missing:
-        names = "; ".join(f"*{name}*" for name in missing)
-        how = "`python -m experiments.run_all --list`, with `--device cuda` for a GPU,"
-        what = f"{how} says what is left to be made for: {names}"
-        sections.append(f"# Not there yet\n\n{what}\n")
-    return "".join(s for s in sections if NOT_YET not in s)
+        sections[-1] += "\n"
+        sections.append(f"---\n\nNot made yet: {'; '.join(missing)}.\n")
+    return "".join(part for part in sections if NOT_YET not in part)
 
 
 def parse(argv):
@@ -336,7 +296,7 @@ def parse(argv):
 
 def main(argv=None):
     parse(argv)
-    refuse(not HERE.is_dir(), "start it where train_char.py is")
+    need(HERE.is_dir(), "start it where train_char.py is")
     text = page()
     checkpoint.write_file(HERE / "RESULTS.md", lambda path: path.write_text(text, "utf-8"))
     print(f"wrote {HERE / 'RESULTS.md'}")

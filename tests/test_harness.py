@@ -3,15 +3,13 @@ orders, and the command as its users meet it."""
 
 import itertools
 import json
-import math
 import os
 import sys
-from pathlib import Path
 
+import oracle
 import pytest
 import torch
 
-import lomdm
 import train_char
 from experiments import harness
 from experiments.harness import Scorer
@@ -48,7 +46,7 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT * 30, "utf-8")
     fixed = f"--data {folder}/text.txt --data_dir {folder}/tokens --device cpu --num_samples 0"
     fixed += " --n_layer 1 --n_head 2 --n_embd 16 --seq_len 64 --max_iters 20 --learning_rate 1e-2"
-    for model in ("arm", "mdm", "block", "lomdm", "a3"):
+    for model in ("arm", "mdm", "block", "lomdm"):
         train_char.main(f"{fixed} --model {model} --out_dir {folder}/{model}".split())
     return folder
 
@@ -77,11 +75,9 @@ def close(a, b, atol=1e-4):
 
 
 # ---- A3 is the model that it was -----------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def llama(folder):
-    return Scorer(folder / "llama", batch_size=2)
+    return Scorer(folder / "llama")
 
 
 def test_log_likelihoods_are_those_of_the_harness(llama, hf):
@@ -108,7 +104,7 @@ def test_rolling_over_windows(folder):
     x = torch.randint(300, (150,), generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [([], x[:64]), (x[63:64], x[64:127]), (x[86:127], x[127:])]
     assert [len(a + b) for a, b in pairs] == [64, 64, 64]
-    close(s.rolling(x), sum(log_p for log_p, _ in s.log_likelihoods(pairs)))
+    close(s.rolling(x), sum(s.log_likelihood(*pair)[0] for pair in pairs))
 
 
 def test_greedy_texts_are_those_of_the_harness(llama, hf):
@@ -118,110 +114,57 @@ def test_greedy_texts_are_those_of_the_harness(llama, hf):
     got = harness.adapter(llama).generate_until(asked)
     assert got == hf.generate_until(asked)
     stop = got[0][4:6]
-    (cut,) = llama.continuations([(texts[0], how | dict(until=stop))])
+    cut = llama.continuation(texts[0], how | dict(until=stop))
     assert cut == got[0].split(stop)[0]
-
-
-@pytest.mark.parametrize("by", ["confidence", "entropy", "margin"])
-def test_other_orders_write_other_texts(folder, llama, by):
-    asked = [("The quick", dict(max_gen_toks=16))]
-    assert Scorer(folder / "llama", by=by).continuations(asked) != llama.continuations(asked)
 
 
 def test_a_long_context_is_cut_on_the_left_and_said_once(folder, capsys):
     s = Scorer(folder / "llama")
     x = torch.randint(300, (100,), generator=torch.Generator().manual_seed(1)).tolist()
-    close(
-        s.log_likelihoods([(x[:96], x[96:])])[0][0], s.log_likelihoods([(x[36:96], x[96:])])[0][0]
-    )
-    s.log_likelihoods([(x[:96], x[96:])])
+    close(s.log_likelihood(x[:96], x[96:])[0], s.log_likelihood(x[36:96], x[96:])[0])
+    s.log_likelihood(x[:96], x[96:])
     assert capsys.readouterr().out.count("cut on the left") == 1
     with pytest.raises(UserError, match="100 tokens to predict do not fit into the window of 64"):
-        s.log_likelihoods([([], x)])
+        s.log_likelihood([], x)
 
 
 # ---- the models of lomdm.py ----------------------------------------------------------------------
-
-
 def test_an_arm_has_its_own_exact_numbers(folder):
     s = Scorer(folder / "arm")
-    a, b = (
-        torch.from_numpy(s.tokenizer.encode(t).astype("int64"))[None] for t in ("The q", "uick")
-    )
+    a, b = (torch.tensor(s.encode(text))[None] for text in ("The q", "uick"))
     want = s.model.nelbo(a) - s.model.nelbo(torch.cat((a, b), 1))
     (got,) = harness.adapter(s).loglikelihood(requests("", ("The q", "uick")))
     close(got[0], want.item())
     close(s.rolling(a[0].tolist()), -s.model.nelbo(a).item())
 
 
-def all_orders(model, x, gap):
-    """The bound on -log p(gap | rest) in full: each block's orders with the probabilities that w
-    gives them, one position after another."""
-    K = min(len(x), model.config.block_len)
-    w, z, total = model.order_weights(x[None])[0], x.masked_fill(gap, model.mask_id), 0
-    for block in range(0, len(x), K):
-        places = [i for i in range(block, block + K) if gap[i]]
-        for order in itertools.permutations(places):
-            now, q, cost = z.clone(), 1.0, 0.0
-            for j, i in enumerate(order):
-                w_hat = model.order_weights_hat(now[None])[0]
-                share, share_hat = (v[i] / v[list(order[j:])].sum() for v in (w, w_hat))
-                q = q * share
-                cost = cost + (share / share_hat).log() - model.log_probs(now[None])[0, i, x[i]]
-                now[i] = x[i]
-            total = total + q * cost
-        z[places] = x[places]
-    return total.item()
-
-
-EACH = pytest.mark.parametrize(
-    "learn_order,block_len", [(False, 6), (True, 6), (True, 3), (False, 1)]
-)
-X, GAP = [1, 0, 4, 2, 3, 1], torch.tensor([False, True, True, False, True, False])
-
-
-def random_lomdm(learn_order, block_len):
-    """Whose orders are far from uniform, and a text that ends, but for the ARM, with a [MASK]."""
-    torch.manual_seed(0)
-    config = dict(learn_order=learn_order, block_len=block_len, weights="exp")
-    model = lomdm.LoMDM(lomdm.Config(5, 6, 1, 2, 8, **config)).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.7)
-    return model, torch.tensor([*X[:-1], model.mask_id if block_len > 1 else X[-1]])
-
-
 @torch.no_grad()
-@EACH
-def test_bound_is_the_mean_over_all_orders(learn_order, block_len):
-    model, x = random_lomdm(learn_order, block_len)
-    generators = [torch.Generator().manual_seed(i) for i in range(8)]
-    draws = [harness.gap_bound(model, x, GAP, 500, g) for g in generators]
-    draws = torch.tensor(draws, dtype=torch.double)
-    error = draws.std().item() / math.sqrt(len(draws))
-    assert abs(draws.mean().item() - all_orders(model, x, GAP)) < 4 * error + 1e-9
-
-
-@torch.no_grad()
-@EACH
-def test_greedy_is_what_greedy_filling_gives(learn_order, block_len):
-    m, x = random_lomdm(learn_order, block_len)
-    b, written = torch.arange(6) // block_len, set()
-    for text in itertools.product(range(5), repeat=3):  # contexts: all there are
-        x[[0, 3, 5]] = torch.tensor([*text[:2], x[5] if block_len > 1 else text[2]])
-        z = x.masked_fill(GAP, m.mask_id)
-        while (todo := GAP & (z == m.mask_id)).any():
+@pytest.mark.parametrize("learn_order,block_len", [(False, 6), (True, 6), (True, 3)])
+def test_greedy_is_what_greedy_filling_gives(float64, learn_order, block_len):
+    """For all contexts of two tokens, and a [MASK] at the end, the text that greedy filling gives
+    is greedy, and none that differs in one token is."""
+    how = dict(learn_order=learn_order, block_len=block_len, weights="exp", n_layer=1)
+    m = oracle.make_lomdm(6, **how)
+    gap = torch.tensor([False, True, True, False, True, False])
+    b = torch.arange(6) // block_len
+    written = set()
+    for context in itertools.product(range(oracle.V), repeat=2):
+        z = torch.full((6,), m.mask_id)
+        z[[0, 3]] = torch.tensor(context)
+        while (todo := gap & (z == m.mask_id)).any():
             w_hat = m.order_weights_hat(z[None])[0].masked_fill(~todo | (b != b[todo].min()), -1)
             z[w_hat.argmax()] = m.log_probs(z[None])[0, w_hat.argmax()].argmax()
-        assert harness.is_greedy(m, z, GAP)
+        assert harness.is_greedy(m, z, gap)
         written.add(tuple(z.tolist()))
-        for i in GAP.nonzero()[:, 0]:
-            y = z.clone()
-            y[i] = (y[i] + 1) % 5
-            assert not harness.is_greedy(m, y, GAP)
+
+        for i in gap.nonzero()[:, 0]:
+            other = z.clone()
+            other[i] = (other[i] + 1) % oracle.V
+            assert not harness.is_greedy(m, other, gap)
     assert len(written) > 5
 
 
-@pytest.mark.parametrize("name", ["mdm", "block", "lomdm", "a3"])
+@pytest.mark.parametrize("name", ["mdm", "block", "lomdm"])
 def test_every_model_answers(folder, name):
     """Bounds have the sign and the size of what they bound."""
     s = Scorer(folder / name, draws=4)
@@ -235,8 +178,6 @@ def test_every_model_answers(folder, name):
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def questions(tmp_path):
     """A folder with a task that needs no network."""
@@ -268,105 +209,26 @@ def test_a_task_of_ones_own(folder, questions, hf, capsys, monkeypatch):
     assert "|mine" in capsys.readouterr().out
 
 
-# ---- stories -------------------------------------------------------------------------------------
-
-STORY = ["The fox jumps.", "The dog", "over the fox", "and the", "lazy."]
-
-
-def write_stories(path):
-    named = {f"sentence{i}": s for i, s in enumerate(STORY, 1)}
-    path.write_text(json.dumps(dict(sentences=STORY)) + "\n" + json.dumps(named))
-    return str(path)
-
-
-@torch.no_grad()
-def hand_made(s):
-    """The cost of the third sentence, in nats."""
-    parts = [s.encode(t) for t in ("The fox jumps. The dog", " over the fox", " and the lazy.")]
-    a, b, c = map(len, parts)
-    x = torch.tensor([list(itertools.chain(*parts))])
-    groups = torch.tensor([[-1] * a + list(range(b)) + [-1] * c])
-    return -s.model.log_prob(x, groups).sum().item(), b
-
-
-@pytest.mark.parametrize("name", ["llama", "a3"])
-def test_cost_of_a_missing_sentence(folder, tmp_path, capsys, name):
-    harness.main([str(folder / name), "--stories", write_stories(tmp_path / "s.jsonl")])
-    out = capsys.readouterr().out.splitlines()
-    want, n = hand_made(Scorer(folder / name))
-    number = {line.split("  ")[0]: float(line.split("±")[0].split()[-1]) for line in out[-4:]}
-    close(number["nats per sentence"], want, 1e-3)
-    close(number["nats per token"], want / n, 1e-3)
-    assert 0 <= number["rougeL F1"] <= number["rouge1 F1"] <= 1
-    assert "2 stories (exact)" in out[-4]
-
-
-def test_the_others_bound_it_or_see_one_side(folder, tmp_path, capsys):
-    path = write_stories(tmp_path / "s.jsonl")
-    harness.main([str(folder / "lomdm"), "--stories", path, "--limit", "1", "--temperature", "0"])
-    assert "1 stories (a bound)" in capsys.readouterr().out
-    harness.main([str(folder / "arm"), "--stories", path])
-    out = capsys.readouterr().out.splitlines()
-    assert "(exact, left side only)" in out[0]
-    s = Scorer(folder / "arm")
-    ((log_p, _),) = s.log_likelihoods(
-        [(s.encode("The fox jumps. The dog"), s.encode(" over the fox"))]
-    )
-    close(float(out[1].split()[3]), -log_p)
-
-
-@pytest.mark.parametrize("name", ["arm", "a3", "lomdm"])
-def test_a_story_longer_than_the_window(folder, tmp_path, capsys, monkeypatch, name):
-    """What is next to the gap stays, on both sides."""
-    seen, cost = [], harness.story_cost
-    monkeypatch.setattr(harness, "story_cost", lambda *a: seen.append(a) or cost(*a))
-    story = ["a" * 99, "The fox jumps", "over", "the dog.", "b" * 99]
-    story = [s.replace("b", "o") for s in story]
-    (tmp_path / "s.jsonl").write_text(json.dumps(dict(sentences=story)))
-    harness.main([str(folder / name), "--stories", str(tmp_path / "s.jsonl"), "--draws", "1"])
-    assert capsys.readouterr().out.count("cut on the left") == 1
-    scorer, x, gap = seen[0]
-    text = "".join(scorer.tokenizer.pieces(x.tolist()))
-    assert text == "a" * 16 + " The fox jumps over the dog. " + "o" * 19
-    assert gap.tolist() == [False] * 30 + [True] * 5 + [False] * 29
-
-
 # ---- mistakes ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ("", "--tasks or --stories: one of the two"),
-        ("--tasks a --stories b", "--tasks or --stories: one of the two"),
         ("--tasks nonsense", "there is no task nonsense"),
-        ("--stories nowhere", "--stories nowhere: cannot read it"),
-        ("--stories bad.jsonl", "bad.jsonl, line 2: not a story of five sentences"),
-        ("--stories empty.jsonl", "empty.jsonl has no stories"),
-        ("--stories long.jsonl", "do not fit into the window"),
-        ("--stories bad.jsonl --limit 0", "--limit must be at least 1"),
-        ("--stories bad.jsonl --by margin", "--by is for a3"),
-        ("--stories bad.jsonl --device cpu:9", "there is none here"),
+        ("--tasks a --limit 0", "--limit must be at least 1"),
+        ("--tasks a --device cpu:9", "there is none here"),
+        ("--tasks=", "--tasks is empty"),
     ],
 )
-def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(tmp_path)
-    good = json.dumps(dict(sentences=STORY))
-    Path("bad.jsonl").write_text(good + '\n{"sentences": ["one"]}')
-    Path("empty.jsonl").write_text("")
-    Path("long.jsonl").write_text(json.dumps(dict(sentences=[*STORY[:2], TEXT, *STORY[3:]])))
+def test_mistakes_are_one_line(folder, flags, message):
     with pytest.raises(UserError, match=message) as e:
         harness.main([str(folder / "arm"), *flags.split()])
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("package", ["lm_eval.api.model", "rouge_score.rouge_scorer"])
-def test_a_missing_package_is_one_line(folder, tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    stories = ["--stories", write_stories(tmp_path / "s.jsonl")]
-    flags = ["--tasks", "piqa"] if package.startswith("lm_eval") else stories
-    with pytest.raises(UserError, match=f"pip install {package.split('.')[0]}"):
-        harness.main([str(folder / "a3"), *flags])
+def test_a_missing_package_is_one_line(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(UserError, match="pip install lm_eval"):
+        harness.main([str(folder / "arm"), "--tasks", "piqa"])
 
 
 def test_a_folder_that_holds_nothing(tmp_path):

@@ -1,5 +1,6 @@
-"""experiments/run_all.py and report.py: RESULTS.md is what the logs say, to the byte; README.md has
-no number that is not in it; figures by hand; and runs that are skipped, stopped, gone on with."""
+"""experiments/table.py, run_all.py and report.py: RESULTS.md is what the logs say, to the byte;
+README.md has no number that is not in it; figures by hand; and runs that are skipped, stopped, gone
+on with, and marked if older code has made them."""
 
 import json
 import math
@@ -15,11 +16,12 @@ import pytest
 
 import sample
 import train_char
-from experiments import bench, evidence, report, run_all, speed
+from experiments import bench, evidence, report, run_all, speed, table
 from plumbing import cli
 from plumbing.cli import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
+RESULTS = (ROOT / "experiments/RESULTS.md").read_text("utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -29,54 +31,34 @@ def at_root(monkeypatch):
 
 # ---- what is committed ---------------------------------------------------------------------------
 def test_results_are_what_the_logs_say(tmp_path, monkeypatch):
-    """The page, and the pictures that are drawn from logs."""
-    pictures = ROOT / "experiments" / "pictures"
+    """The page, and the pictures that are drawn from logs. If this fails, as after any change of
+    the code that † speaks of: python -m experiments.report"""
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "page.md").write_bytes((ROOT / "experiments/page.md").read_bytes())
-    assert report.page() == (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
-    drawn = sorted((tmp_path / "pictures").glob("*.svg"))
-    assert {picture.name for picture in drawn} == drawings()
+    assert report.page() == RESULTS
+    drawn = list((tmp_path / "pictures").glob("*.svg"))
+    assert len(drawn) >= 2
     for picture in drawn:
-        assert picture.read_bytes() == (pictures / picture.name).read_bytes()
+        assert picture.read_bytes() == (ROOT / "experiments/pictures" / picture.name).read_bytes()
 
 
-def drawings():
-    """The pictures that words of page.md draw, in sections that are there."""
-    template = (ROOT / "experiments" / "page.md").read_text("utf-8")
-    words = " ".join(re.findall(r"\{\{((?:curves|scaling) .*?)\}\}", template))
-    results = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
-    return {name for name in re.findall(r"\w+\.svg", words) if f"/{name})" in results}
+def test_what_is_missing_is_named_at_the_end():
+    """A section of page.md is on the page, or its heading is in the last line."""
+    template = (ROOT / "experiments/page.md").read_text("utf-8")
+    headings = re.findall(r"^#+ (.*)", template, re.M)
+    there = re.findall(r"^#+ (.*)", RESULTS, re.M)
+    _, _, last = RESULTS.partition("\nNot made yet: ")
+    missing = last.rstrip(".\n").split("; ") if last else []
+    assert sorted(there + missing) == sorted(headings)
+    assert report.NOT_YET not in RESULTS and "{{" not in RESULTS
 
 
-def test_pictures_exist():
-    for path in ("README.md", "experiments/RESULTS.md", "experiments/TRIED.md"):
-        text = (ROOT / path).read_text("utf-8")
-        for picture in re.findall(r"\((\S*pictures/\S+)\)", text):
-            assert (ROOT / path).parent.joinpath(picture).is_file()
-
-
-def test_tables_say_where_they_were_made():
-    """Hardware, steps, seeds, errors, and what a figure is, in every section with a table."""
-    text = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
-    with_tables = [part for part in re.split(r"^#+ ", text, flags=re.M) if "\n|---" in part]
-    assert len(with_tables) >= 9
-    for part in with_tables:
-        assert re.search(r"CPU cores .*torch \d", part), part
-        assert re.search(r"[\d,]+ steps of", part), part
-        assert " ± seeds" in part or "seed 1" in part or "one seed" in part, part
-        assert re.search("exact|bound", part) and " ± " in part, part
-
-
-def test_what_is_missing_is_named():
-    """A CPU cannot make the part on the GPU; all else is there."""
-    text = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
-    assert report.NOT_YET not in text
-    missing = re.findall(r"\*([^*]+)\*", text.partition("# Not there yet")[2])
-    assert set(missing) == {
-        "On a GPU: Tinyshakespeare, nanoGPT's size",
-        "On a GPU: WikiText-2 in GPT-2's tokens, GPT-2's size",
-        "On a GPU: time and memory",
-    }
+def test_every_log_is_in_the_table():
+    """And each section with a table says where it was made."""
+    logs = {item.log.name for item in table.items() if table.is_done(item)}
+    assert {path.name for path in table.LOGS.iterdir()} == logs
+    for part in re.split(r"^#+ ", RESULTS, flags=re.M):
+        assert "\n|---" not in part or re.search(r"[Mm]ade\son\s.*,\storch\s2\.", part, re.S), part
 
 
 FIGURE = r"\d[\d,]*\.\d+(?: ± \d+\.\d+)?|\d{1,3},\d{3}"  # 1.8635 ± 0.0024, 1.8635 or 1,029
@@ -99,8 +81,7 @@ def rounds_to(known, figure):
 
 def test_readme_has_no_number_of_its_own():
     """All are in RESULTS.md, perhaps with more digits."""
-    results = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
-    known = {figure.replace(",", "") for figure in re.findall(FIGURE, results)}
+    known = {figure.replace(",", "") for figure in re.findall(FIGURE, RESULTS)}
     readme = (ROOT / "README.md").read_text("utf-8")
     used = figures(readme[readme.index("## Results") : readme.index("## Use it as a library")])
     assert len(used) > 12
@@ -112,7 +93,7 @@ def test_readme_has_no_number_of_its_own():
 def test_what_readme_shows_was_drawn():
     """Its strips and its film: every line has been printed by a measurement."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    measured = [run_all.LOGS / f"{name}.txt" for name in ("strips", "films")]
+    measured = [table.LOGS / f"{name}.txt" for name in ("strips", "films")]
     printed = {
         word.rstrip("↵")
         for path in measured
@@ -128,32 +109,51 @@ def test_what_readme_shows_was_drawn():
     assert len(rows) == 4 and {word for row in rows for word in row.split()} <= printed
 
 
+def test_every_command_parses_and_no_name_is_there_twice():
+    """And what an item starts from comes before it."""
+    found = list(table.items())
+    assert len({item.name for item in found}) == len(found)
+    before = set()
+    for item in found:
+        assert item.needs <= before
+        before.add(item.name)
+        script, *argv = item.argv
+        if item.is_run:
+            cli.check(train_char.Settings(**cli.parse(train_char.Settings, argv, "")))
+        elif script == "sample.py":
+            cli.check(sample.Settings(**cli.parse(sample.Settings, argv, "")))
+        elif argv[0] == "experiments.bench":
+            cli.check(bench.Settings(**cli.parse(bench.Settings, argv[1:], "")))
+        else:
+            {"evidence": evidence, "speed": speed}[argv[0][12:]].parse(argv[1:])
+
+
 # ---- figures, by hand ----------------------------------------------------------------------------
-RUNS = {"arm": ("--model arm", 1), "mdm": ("--model mdm", 1), "arm_time": ("--model arm", 1)}
-
-
-def write_log(name, values, seed=1, error=0.1, **settings):
+def write_log(name, values, seed=1, machine="a machine", code=None, **settings):
     """values: {kind: [validation at step 10, 20, ..]}."""
-    (item,) = (i for i in run_all.items(cuda=False) if i.name == f"{name}_s{seed}")
+    (item,) = (item for item in table.items() if item.name == f"{name}_s{seed}")
     known = dict(model="arm", max_iters=20, batch_size=4, seed=seed, dtype="float32", compile=False,
                  n_layer=1, n_embd=2, seq_len=3)  # fmt: skip
-    header = dict(settings=known | settings, hardware="a machine", command=run_all.shown(item.argv))
+    header = dict(settings=known | settings, hardware=machine, command=item.command)
+    header["code"] = code or table.todays_code()
     rows = [
-        dict(step=10 * (i + 1), val=value, val_error=error, kind=kind)
+        dict(step=10 * (i + 1), val=value, val_error=0.1, kind=kind)
         for kind, found in values.items()
         for i, value in enumerate(found)
     ]
     rows.append(dict(step=20, seconds=10.0 * seed))
-    out = run_all.LOGS / item.name
-    out.mkdir(parents=True)
-    (out / "log.jsonl").write_text("\n".join(json.dumps(row) for row in (header, *rows)) + "\n")
+    item.log.write_text("\n".join(json.dumps(row) for row in (header, *rows)) + "\n")
 
 
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
     """Three seeds of the ARM and of the MDM, one of three of a longer ARM."""
-    monkeypatch.setattr(run_all, "LOGS", tmp_path)
-    monkeypatch.setattr(run_all, "GROUPS", [("--max_iters 20", range(1, 4), RUNS)])
+    monkeypatch.setattr(table, "LOGS", tmp_path)
+    models = {name: "--model arm" for name in ("arm", "mdm", "vector", "arm_time")}
+    monkeypatch.setattr(table, "MODELS", models)
+    train = [("", "arm mdm arm_time", (1, 2, 3), "--max_iters 20"), ("", "vector", (1,), "")]
+    monkeypatch.setattr(table, "TRAIN", train)
+    monkeypatch.setattr(table, "MEASURE", {"speed": "speed runs/arm_s2 runs/mdm_s1"})
     monkeypatch.setattr(report, "HERE", tmp_path)
     for seed, add in ((1, 0.0), (2, 0.3), (3, 0.6)):
         write_log("arm", {"exact": [3 + add, 2 + add]}, seed)
@@ -166,134 +166,91 @@ def logs(tmp_path, monkeypatch):
 def test_figures(logs):
     error = statistics.stdev([2, 2.3, 2.6]) / math.sqrt(3)
     assert report.nats("arm") == f"2.3000 ± {error:.4f}" == "2.3000 ± 0.1732"
-    assert report.nats("arm", "exact", "10") == "23.0000 ± 1.7321"
+    assert report.nats("arm", "exact", "x10") == "23.0000 ± 1.7321"
     assert report.nats("mdm") == "2.2000 ± 0.1732"
     assert report.nats("mdm", "left") == "7.0000 ± 0.0000" and report.nats("arm_time") == "9.0000"
-    assert report.each("mdm", "10") == "25.0000, 22.0000, 19.0000"
-    table = report.losses("arm", "mdm", "x2").splitlines()
-    assert table[2] == "| ARM | 20 x 4 | 10 | 4.6000 ± 0.3464 | 3 | 0.2000 | exact |"
-    assert table[3] == "| MDM | 20 x 4, twice | 10 | 4.4000 ± 0.3464 | 3 | 0.2000 | bound |"
-    assert table[4].endswith("| exact, left |") and len(table) == 5
+    lines = report.losses("arm", "mdm", "x2").splitlines()
+    assert lines[2] == "| ARM | 20 x 4 | 10 | 4.6000 ± 0.3464 | 3 | exact |"
+    assert lines[3] == "| MDM | 20 x 4, twice | 10 | 4.4000 ± 0.3464 | 3 | bound |"
+    assert lines[4].endswith("| exact, left |") and lines[5] == "" and len(lines) == 7
+    one = "| ARM | 20 x 4 | 10 | 18.0000 (± 0.2000 over windows) | 1 | exact |"
+    assert report.losses("arm_time", "x2").splitlines()[2] == one
+    size = "1 layers, 2 wide, 3 tokens of context, float32"
+    assert lines[6] == f"*{size}. Made on a machine. Logs: arm, mdm.*"
 
 
-def test_differences_are_those_of_seeds(logs, monkeypatch):
+def test_differences_are_those_of_seeds(logs):
     """2 - 2.5, 2.3 - 2.2 and 2.6 - 1.9."""
-    table = report.pairs("arm-mdm", "arm-arm_time").splitlines()
+    lines = report.pairs("arm-mdm", "arm-arm_time").splitlines()
     error = statistics.stdev([-0.5, 0.1, 0.7]) / math.sqrt(3)
-    assert table[2] == f"| ARM − MDM | +0.1000 ± {error:.4f} | 3 | exact − bound |"
-    assert table[3] == "| ARM − ARM, equal time | -7.0000 | 1 | exact |" and len(table) == 4
+    assert lines[2] == f"| ARM − MDM | +0.1000 ± {error:.4f} | 3 | exact − bound |"
+    assert lines[3] == "| ARM − ARM | -7.0000 | 1 | exact |"
     per_text = report.pairs("arm-mdm", "x10").splitlines()
-    assert "nats per token ±" in table[0] and "nats a text ±" in per_text[0] and len(per_text) == 3
+    assert "nats per token ±" in lines[0] and "nats a text ±" in per_text[0]
     assert per_text[2] == f"| ARM − MDM | +1.0000 ± {10 * error:.4f} | 3 | exact − bound |"
-    monkeypatch.setitem(RUNS, "mdm_2", ("--model mdm", 1))  # 1 - 7 at step 20, 7 at step 10
-    write_log("mdm_2", {"exact, left": [8, 1], "bound": [5, 4]})
-    table = report.pairs("left:mdm_2-mdm", "mdm_2-mdm").splitlines()
-    assert table[2] == "| mdm_2 − MDM | -6.0000 | 1 | exact, left |"
-    assert table[3] == "| mdm_2 − MDM | -1.5000 | 1 | exact, left − bound |"
+
+    # The word chooses a kind: 1 - 7 at step 20, where this one is best, less 7 at step 10.
+    write_log("vector", {"exact, left": [8, 1], "bound": [5, 4]})
+    lines = report.pairs("left:vector-mdm", "vector-mdm").splitlines()
+    assert lines[2].endswith("| -6.0000 | 1 | exact, left |")
+    assert lines[3].endswith("| -1.5000 | 1 | exact, left − bound |")
+
+
+def test_older_code_and_other_machines_are_marked(logs):
+    """A run is old if its own code is not today's, a measurement also if a run of it is old."""
+    write_log("arm", {"exact": [3]}, 3, code="older")
+    write_log("arm", {"exact": [3]}, 2, machine="another")
+    made = "Made on a machine, arm_s2 on another, arm_s3 on a machine †. Logs: arm, mdm."
+    assert made in report.losses("arm", "mdm")
+    assert "†" not in report.losses("mdm")
+
+    *_, item = table.items()
+    item.log.write_text(f"{table.stamp(item)}\na machine\narm 1.5\n")
+    assert report.log("speed") == "*[speed.txt](logs/speed.txt): made on a machine.*"
+    write_log("mdm", {"bound": [3]}, 1, code="older")
+    assert report.log("speed").endswith("a machine †.*")
+    write_log("mdm", {"bound": [3]}, 1)
+    item.log.write_text(f"{item.command}  # older\na machine\narm 1.5\n")
+    assert report.log("speed").endswith("a machine †.*")
+
+
+def test_what_measurements_say(logs):
+    """Each match is a row, runs have their labels, and numbers may have errors."""
+    *_, item = table.items()
+    printed = "arm_s1   left  1.25 ± 0.01\nmdm_s1         -2,345\nother 7\n"
+    item.log.write_text(f"{table.stamp(item)}\na machine\n{printed}")
+    rows = report.rows("speed", r"^(\w+_s1)", "(?:(left)", ")?NUM").splitlines()
+    assert rows[:2] == ["| ARM | left | 1.25 ± 0.01 |", "| MDM |  | -2,345 |"]
+    assert rows[2] == "" and rows[3].startswith("*[speed.txt]") and len(rows) == 4
+    assert report.find("speed", r"^\w+_s1", "(?:left", ")?NUM") == "1.25 ± 0.01, -2,345"
+    with pytest.raises(UserError, match="what speed printed has no .gone"):
+        report.find("speed", "(gone)")
 
 
 def test_what_is_missing_or_made_otherwise_is_said(logs, monkeypatch):
-    for word, names in (
-        (report.losses, ["amr"]),
-        (report.pairs, ["arm-mmd"]),
-        (report.nats, ["x"]),
-    ):
-        with pytest.raises(UserError, match="has no run of the name"):
-            word(*names)
+    """Names that the table does not have are mistakes. What has not been made by today's command
+    is not there yet."""
+    for word, name in ((report.losses, "amr"), (report.pairs, "arm-mmd"), (report.nats, "x")):
+        with pytest.raises(UserError, match=r"table\.py has no run of the name"):
+            word(name)
+    with pytest.raises(UserError, match="no measurement of the name sped"):
+        report.log("sped")
     with pytest.raises(UserError, match="mdm has no figure right, but bound, exact, left"):
         report.nats("mdm", "right")
-    with pytest.raises(UserError, match="two curves are ARM"):
-        report.curves("c.svg", "arm", "arm")
-    changed = [("--max_iters 30", range(1, 4), RUNS)]  # all logs are old now
-    monkeypatch.setattr(run_all, "GROUPS", changed)
-    assert report.nats("arm") == report.made("arm") == report.NOT_YET
-    assert report.NOT_YET in report.losses("arm") and report.NOT_YET in report.steps("arm")
-    assert report.NOT_YET in report.pairs("arm-mdm")
-    assert report.curves("c.svg", "arm") == report.NOT_YET
 
-
-def test_a_power_law_is_found():
-    slope, error, at_0 = report.power_law([(x, 3 - 0.25 * x) for x in (1, 2, 4, 8)])
-    assert (slope, error, at_0) == pytest.approx((-0.25, 0, 3), abs=1e-12)
-    slope, error, at_0 = report.power_law([(0, 0), (1, 0), (2, 3)])  # by hand
-    assert (slope, error, at_0) == pytest.approx((1.5, math.sqrt(1.5 / 2), -0.5))
-
-
-def test_loss_against_compute(logs, monkeypatch):
-    """Models whose loss falls with the power -1/2 and -1/4 of 2 and 4 MFLOP a token and more."""
-    monkeypatch.setattr(report, "SIZES", [(1, 2), (1, 4), (1, 8)])
-    monkeypatch.setattr(report, "FIVE", {"arm": 0, "a3": 0, "mdm": 0})
-    names = [f"{name}_1x{width}" for name in ("arm", "a3", "mdm") for width in (2, 4, 8)]
-    sizes = {name: ("--model arm", 1) for name in names}
-    monkeypatch.setattr(run_all, "GROUPS", [("", [1], sizes)])
-    monkeypatch.setattr(run_all, "MEASURES", {f"count_1x{w}": ("bench", 1) for w in (2, 4, 8)})
-    for width in (2, 4, 8):
-        (logs / f"count_1x{width}.txt").write_text(
-            f"$ python -m experiments.bench\narm       0.1M   {width}.0   1\n"
-            f"mdm       0.1M   {width}.0   1\n"
-            f"loa3     0.1M  {1000 * width:,}.0  1\n"
-        )
-        write_log(f"arm_1x{width}", {"exact": [10 * (width * 240) ** -0.5]})
-        write_log(f"a3_1x{width}", {"exact": [10 * (width * 240_000) ** -0.25]})
-        off = 1.3 if width == 4 else 1  # from its law, so that a steeper slope says little
-        write_log(f"mdm_1x{width}", {"bound": [20 * off * (width * 240) ** -0.55]})
-    text = report.scaling("s.svg")
-    assert "| ARM | -0.5000 ± 0.0000 |  | exact |" in text
-    assert "| A3 | -0.2500 ± 0.0000 | never | exact |" in text
-    assert " FLOP, but see the errors | bound |" in text
-    assert f"| 1x2 | {10 * 480**-0.5:.4f} ± 0.1000, 0.0 |" in text  # 2 MFLOP, 20 x 4 x 3 tokens
-    assert f"{10 * 1_920_000**-0.25:.4f} ± 0.1000, 1.9 |" in text
-
-
-def test_what_measurements_say(logs, monkeypatch):
-    """As long as they are of today's runs, by today's command."""
-    measures = {"speed": ("speed runs/arm_s2 runs/mdm_s1", 1), "gone": ("speed runs/arm_s1", 1)}
-    monkeypatch.setattr(run_all, "MEASURES", measures)
-    monkeypatch.setattr(run_all, "ALONE", {"alone": ("bench", 1)})
-    of = {item.name: run_all.heading(item) for item in run_all.items(cuda=False)}
-    (logs / "speed.txt").write_text(f"{of['speed']}\na machine\narm   3.5 (1.0)\n")
-    assert report.find("speed", r"^arm\s+([\d.]+)") == "3.5"
-    with pytest.raises(UserError, match="has no mdm"):
-        report.find("speed", "mdm (.)")
-    assert report.find("gone", "(.)") == report.NOT_YET and report.NOT_YET in report.output("gone")
-    with pytest.raises(UserError, match="has no measurement of the name sped"):
-        report.output("sped")
-    size = "1 layers, 2 wide, 3 tokens of context, 20 steps of 4 windows"
-    text = f"```\n{of['speed']}\na machine\narm   3.5 (1.0)\n```"
-    assert report.output("speed") == f"{text}\n\n*arm_s2, mdm_s1: {size}.*"
-    (logs / "alone.txt").write_text("$ python -m experiments.bench\n")
-    assert report.output("alone") == "```\n$ python -m experiments.bench\n```"  # needs no runs
-    assert report.made("arm") == f"{size}; a machine, float32"
-    with (logs / "mdm_s1" / "log.jsonl").open("a") as log:  # another run, of the same name
-        log.write("{}\n")
-    assert report.find("speed", "3") == report.NOT_YET
-    measures["gone"] = "speed runs/arm_s1 runs/arm_time_s2", 1  # and more runs, not there yet
-    (logs / "gone.txt").write_text(f"{of['gone']}\na machine\n")
-    assert report.NOT_YET in report.output("gone")
-
-
-def test_seeds_made_elsewhere_are_named(logs):
-    log = logs / "mdm_s2" / "log.jsonl"
-    log.write_text(log.read_text().replace("a machine", "another"))
-    note = "*On another: MDM (seed 2); all others on a machine.*"
-    assert report.losses("arm", "mdm").splitlines()[-2:] == ["", note]
-    assert "another" not in report.losses("arm", "arm_time")
-
-
-def test_a_run_as_it_goes_on(logs):
-    table = report.steps("mdm").splitlines()
-    assert table[0] == "| step | bound ± windows | exact, left ± windows |"
-    assert table[2] == "| 10 | 2.5000 ± 0.1000 | 7.0000 ± 0.1000 |"
-    assert table[3] == "| 20 | 4.0000 ± 0.1000 | 1.0000 ± 0.1000 |" and len(table) == 4
+    monkeypatch.setattr(table, "TRAIN", [("", "arm mdm", (1, 2, 3), "--max_iters 30")])
+    missing = [report.nats("arm"), report.losses("arm"), report.pairs("arm-mdm")]
+    missing += [report.curves("c.svg", "arm"), report.rows("speed", "x"), report.log("speed")]
+    assert missing == [report.NOT_YET] * 6
 
 
 def test_the_page_is_filled_in(logs):
-    (logs / "page.md").write_text("ARM {{nats arm}}.\n{{losses arm}}\n{{curves c.svg arm mdm}}\n")
+    page = "ARM {{nats\narm}}.\n\n{{losses arm}}\n\n{{curves c.svg arm mdm}}\n"
+    (logs / "page.md").write_text(page)
     report.main([])
     text = (logs / "RESULTS.md").read_text("utf-8")
-    assert text.startswith("ARM 2.3000 ± 0.1732.\n| model |") and text.endswith(
-        "](pictures/c.svg)\n"
-    )
+    assert text.startswith("ARM 2.3000 ± 0.1732.\n\n| model |")
+    assert text.endswith("](pictures/c.svg)\n")
     assert "MDM" in (logs / "pictures" / "c.svg").read_text()
     (logs / "page.md").write_text("{{nets arm}}")
     with pytest.raises(UserError, match="nets is none of losses, pairs"):
@@ -301,194 +258,159 @@ def test_the_page_is_filled_in(logs):
 
 
 def test_a_section_without_its_figures_is_left_out(logs):
-    (logs / "page.md").write_text("A\n# B\n{{nats arm}}\n## C\nsee {{find rows (x)}}\n#. D\n# E\n")
-    assert report.page() == (
-        "A\n# B\n2.3000 ± 0.1732\n# E\n# Not there yet\n\n"
-        "`python -m experiments.run_all --list`, with `--device cuda` for a GPU, says what is left "
-        "to be made for: *C*\n"
-    )
+    page = "A\n\n# B\n\n{{nats arm}}\n\n## C\n\nsee {{find speed (x)}}\n\n# E\n\n" + "word " * 30
+    (logs / "page.md").write_text(page)
+    kept, _, last = report.page().partition("---\n\n")
+    assert kept.startswith("A\n\n# B\n\n2.3000 ± 0.1732\n\n# E\n\nword word")
+    assert max(map(len, kept.splitlines())) <= 99 and last == "Not made yet: C.\n"
 
 
 # ---- what is left to do --------------------------------------------------------------------------
 @pytest.fixture
 def work(tmp_path, monkeypatch):
+    """A folder with a table of its own: a list that tests fill."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "runs").mkdir()
-    return tmp_path
+    for name in ("train_char.py", "lomdm.py", "a3.py", "beyond"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "text.txt").write_text("to be or not to be " * 60)
+    (tmp_path / "experiments").mkdir()
+    everything = []
+    monkeypatch.setattr(table, "items", lambda: iter(everything))
+    monkeypatch.setattr(report, "main", lambda _: None)
+    return everything
 
 
-def measure(name, code, *more, seconds=1, alone=False):
-    return run_all.Item(name, ("-c", code, *more), seconds, alone)
-
-
-def do(*items, minutes=1.0, workers=2):
-    return run_all.do(list(items), workers, time.time() + 60 * minutes, cuda=False)[0]
-
-
-@pytest.mark.parametrize("cuda", [False, True])
-def test_every_command_parses_and_no_name_is_there_twice(cuda):
-    found = list(run_all.items(cuda))
-    names = [item.name for item in found]
-    assert len(set(names)) == len(names)
-    folders = {f"runs/{name}" for name in names}
-    for item in found:
-        assert {w for w in item.argv if w.startswith("runs/")} <= folders
-        if run_all.is_run(item):
-            cli.check(train_char.Settings(**cli.parse(train_char.Settings, item.argv[1:], "")))
-        elif item.argv[0] == "sample.py":
-            cli.check(sample.Settings(**cli.parse(sample.Settings, item.argv[1:], "")))
-        elif item.argv[1] == "experiments.bench":
-            cli.check(bench.Settings(**cli.parse(bench.Settings, item.argv[2:], "")))
-        elif item.argv[1] != "pytest":
-            {"evidence": evidence, "speed": speed}[item.argv[1][12:]].parse(item.argv[2:])
-
-
-def test_a_measurement_is_made_once(work):
-    item = measure("one", "print(1); print(3)")
-    assert run_all.state(item) == "new" and do(item) == []
-    text = (work / "experiments/logs/one.txt").read_text().splitlines()
-    assert text[0] == "$ python -c 'print(1); print(3)'"
-    assert "CPU" in text[1] and text[2:] == ["1", "3"]
-    assert run_all.state(item) == "done"
-    assert run_all.state(measure("one", "print(4)")) == "new"  # another command
-
-
-def test_a_measurement_is_made_anew_after_its_runs(work):
-    item, log = measure("one", "print(1)", "runs/a"), work / "experiments/logs/a/log.jsonl"
-    log.parent.mkdir(parents=True)
-    log.write_text("{}")
-    assert do(item) == [] and run_all.state(item) == "done"
-    log.write_text('{"step": 1}')
-    assert run_all.state(item) == "new"
-
-
-def test_what_fails_takes_along_what_needs_it(work, capsys):
-    bad = measure("bad", "import sys; print('so'); print('why', file=sys.stderr); exit(3)")
-    needs, too = measure("needs", "print(1)", "runs/bad"), measure("too", "print(1)", "runs/needs")
-    good = measure("good", "print(1)", alone=True)
-    assert do(bad, needs, too, good) == ["bad", "needs", "too"]
-    said = capsys.readouterr().out
-    assert "bad failed, see runs/bad.err" in said and "too is left out" in said
-    assert (work / "runs/bad.err").read_text() == "why\n"
-    assert [p.name for p in (work / "experiments/logs").iterdir()] == ["good.txt"]
-
-
-def test_alone_means_alone(work):
-    """Each writes when it began and ended. d and a are alone, though b is longer than c."""
-    code = "import time; print(time.time()); time.sleep({}); print(time.time())"
-    of = {name: code.format(seconds) for name, seconds in dict(a=0.2, b=0.8, c=0.2, d=0.2).items()}
-    alone = dict(a=True, b=False, c=False, d=True)
-    do(*(measure(name, of[name], alone=alone[name]) for name in "abcd"), workers=4)
-    spans = {
-        name: [float(t) for t in (work / f"experiments/logs/{name}.txt").read_text().split()[-2:]]
-        for name in "abcd"
-    }
-
-    def overlap(one, other):
-        return spans[one][0] < spans[other][1] and spans[other][0] < spans[one][1]
-
-    assert overlap("b", "c")
-    for name in "ad":
-        assert not any(overlap(name, other) for other in set("abcd") - {name})
-
-
-def test_it_stops_in_time(work):
-    began = time.time()
-    do(measure("slow", "import time; time.sleep(60)"), minutes=0.01)
-    assert time.time() - began < 10 and not (work / "experiments").exists()
-
-
-@pytest.fixture
-def run(work):
-    """A training run as an item."""
-    (work / "train_char.py").symlink_to(ROOT / "train_char.py")
-    (work / "text.txt").write_text("to be or not to be " * 60)
+def training(name, steps=3, *more):
     words = (
         "train_char.py --model arm --device cpu --n_layer 1 --n_embd 8 --n_head 2 --seq_len 8 "
-        "--data text.txt --max_iters 2000 --eval_interval 1000 --num_samples 0 --seed 1 "
-        "--data_dir tokens --out_dir runs/r"
+        f"--data text.txt --max_iters {steps} --eval_interval {steps} --log_interval 20 "
+        f"--num_samples 0 --data_dir tokens --out_dir runs/{name}"
     )
-    return run_all.Item("r", tuple(words.split()), 60, False)
+    return table.Item(name, (*words.split(), *more))
 
 
-def test_a_run_is_stopped_gone_on_with_and_kept(run, work):
+def measuring(name, code, *more):
+    return table.Item(name, ("-c", code, *more))
+
+
+def test_all_is_made_once(work, capsys):
+    """A run, and a measurement of it. Then nothing is left, until a command changes."""
+    work += [training("r"), measuring("m", "print(1); print(3)", "runs/r")]
+    run_all.main([])
+    assert "2 of 2: m done" in capsys.readouterr().out
+    command, machine, *printed = Path("experiments/logs/m.txt").read_text().splitlines()
+    assert command == f"$ python -c 'print(1); print(3)' runs/r  # {table.todays_code()}"
+    assert "CPU" in machine and printed == ["1", "3"]
+    header, rows = table.read_log(work[0])
+    assert "CPU" in header["hardware"] and rows[-1]["step"] == 3
+
+    run_all.main(["--list"])
+    assert capsys.readouterr().out.startswith("0 left, and 0 made by older code")
+    work[1] = measuring("m", "print(4)", "runs/r")
+    run_all.main(["--list"])
+    assert "m                         new         $ python -c 'print(4)' runs/r\n1 left" in (
+        capsys.readouterr().out
+    )
+
+
+def test_older_code_is_kept_and_made_again_if_asked_for(work, monkeypatch, capsys):
+    work += [training("r"), measuring("m", "print(1)", "runs/r"), measuring("n", "print(2)")]
+    run_all.main([])
+    code = table.todays_code()
+    monkeypatch.setattr(table, "todays_code", lambda: "newer")
+    capsys.readouterr()
+    run_all.main(["--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in listed[:3]] == [[n, "older", "code"] for n in "rmn"]
+    assert listed[3].startswith("0 left, and 3 made by older code")
+
+    run_all.main(["--again", "--only", "m"])  # the measurement, and the run that it needs
+    assert "# newer" in Path("experiments/logs/m.txt").read_text()
+    assert f"# {code}" in Path("experiments/logs/n.txt").read_text()
+    assert Path("runs/r.1/ckpt.pt").is_file()  # of the older code
+
+
+def test_what_fails_is_named_and_what_needs_it_is_left(work, capsys):
+    bad = training("bad", 3, "--beta2", "7")
+    work += [bad, measuring("needs", "print(1)", "runs/bad"), measuring("good", "print(1)")]
+    with pytest.raises(UserError, match="failed: bad$"):
+        run_all.main([])
+    assert "bad failed, see runs/bad.err" in capsys.readouterr().out
+    assert "beta2" in Path("runs/bad.err").read_text()
+    assert [path.name for path in Path("experiments/logs").iterdir()] == ["good.txt"]
+
+
+def test_a_run_is_stopped_gone_on_with_and_kept(work, capsys):
+    """By a signal here, and by --minutes. Nothing is measured of a run that has not ended."""
+    work += [training("r", 3000), measuring("m", "print(1)", "runs/r")]
+
     def stop():  # as soon as it is under way
-        while (
-            not (work / "runs/r/log.jsonl").is_file()
-            or '"step": 100,' not in (work / "runs/r/log.jsonl").read_text()
-        ):
+        log = Path("runs/r/log.jsonl")
+        while not log.is_file() or '"step": 100,' not in log.read_text():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    assert run_all.state(run) == "new" and do(run) == []
-    assert run_all.state(run) == "begun" and not (work / "experiments").exists()
-    assert do(run) == [] and run_all.state(run) == "done"
-    assert not (work / "runs/r.1").exists()  # the same run, not another one
-    log = (work / "experiments/logs/r/log.jsonl").read_text().splitlines()
-    header, *rows = (json.loads(line) for line in log)
-    assert "CPU" in header["hardware"] and rows[-1]["step"] == 2000
-    steps = [row["step"] for row in rows if "val" not in row]
-    assert len(steps) == len(set(steps)) >= 200  # none was made twice
-    other = run._replace(argv=(*run.argv, "--dropout", "0.1"))
-    assert run_all.state(other) == "new"
-    assert run_all.state(run._replace(argv=run.argv[:-2])) == "new"  # a flag less
-
-
-def test_runs_that_a_measurement_needs_are_made_again(run, work):
-    """In a fresh clone there are logs, but no checkpoints."""
-    log = work / "experiments/logs/r/log.jsonl"
-    log.parent.mkdir(parents=True)
-    log.write_text(json.dumps(dict(command=run_all.shown(run.argv))) + "\n")
-    item = measure("one", "print(1)", "runs/r")
-    assert run_all.to_do([run], [run, item]) == []
-    assert run_all.to_do([item], [run, item]) == [run, item]
-    first = log.read_text()
-    run_all.keep(run, "another machine")  # done again: what is measured of the first stays true
-    assert log.read_text() == first
-    (work / "runs/r").mkdir()
-    (work / "runs/r/ckpt.pt").touch()
-    assert run_all.to_do([item], [run, item]) == [item]
-
-
-def test_nobody_goes_on_with_another_run(run, work):
-    """A run with other flags that dies before it has moved the earlier one aside."""
-    (work / "runs/r").mkdir()
-    (work / "runs/r/last.pt").write_text("of the earlier run")
-    (work / "runs/r.command").write_text(run_all.shown(run.argv))
-    log = work / "experiments/logs/r/log.jsonl"
-    log.parent.mkdir(parents=True)
-    log.touch()  # cut off at its very beginning
-    assert run_all.state(run) == "begun"
-    other = run._replace(argv=(*run.argv, "--beta1", "7"))
-    assert run_all.state(other) == "new" and do(other) == ["r"]
-    assert run_all.state(other) == run_all.state(run) == "new"
-    assert (work / "runs/r.1/last.pt").read_text() == "of the earlier run"
-
-
-def test_errors(work, monkeypatch, capsys):
-    with pytest.raises(UserError, match="start it where train_char.py is"):
-        run_all.main(["--list"])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="--only nothing: there is none of that name"):
-        run_all.main(["--only", "rows,nothing", "--list"])
-    for flag in ("--workers", "--minutes"):
-        with pytest.raises(UserError, match=f"{flag} must be at least"):
-            run_all.main([flag, "-1", "--list"])
-    with pytest.raises(UserError, match="--workers must be at least 1"):
-        run_all.main(["--workers", "0", "--list"])
-    with pytest.raises(UserError, match="--only is empty"):
-        run_all.main(["--only", "", "--list"])
-    run_all.main(["--list", "--only", "count*, rows"])
-    assert " left, about" in capsys.readouterr().out
-
-
-def test_a_stop_is_no_success(work, monkeypatch):
-    """The code that a shell sees is that of the signal."""
-    (work / "train_char.py").symlink_to(ROOT / "train_char.py")
-    monkeypatch.setattr(run_all, "do", lambda *_: ([], [signal.SIGTERM]))
-    monkeypatch.setattr(report, "main", lambda _: None)
     with pytest.raises(Stopped) as e:
         run_all.main([])
     assert e.value.args == ("stopped", signal.SIGTERM)
+    assert not Path("experiments/logs").exists()
+    run_all.main(["--list"])
+    assert "r                         begun" in capsys.readouterr().out
+    run_all.main(["--minutes", "0"])
+    assert "2 left; the same command goes on" in capsys.readouterr().out
+
+    run_all.main([])
+    assert not Path("runs/r.1").exists()  # the same run, not another one
+    _, rows = table.read_log(work[0])
+    steps = [row["step"] for row in rows if "val" not in row]
+    assert rows[-1]["step"] == 3000 and len(steps) == len(set(steps)) >= 150
+
+
+@pytest.mark.parametrize("steps,code", [(5, None), (3, "older")])
+def test_nobody_goes_on_with_another_run(work, steps, code):
+    """A run by other flags, or that was begun by other code, is set aside."""
+    Path("runs/r").mkdir()
+    Path("runs/r/last.pt").write_text("the other")
+    begun = training("r", steps).command
+    Path("runs/r.begun").write_text(f"{begun}  # {code or table.todays_code()}")
+    work += [training("r")]
+    run_all.main([])
+    assert table.is_done(work[0]) and Path("runs/r.1/last.pt").read_text() == "the other"
+
+
+def test_a_run_is_made_again_for_its_checkpoint(work):
+    """In a fresh clone there are logs, but no checkpoints. The first log stands."""
+    work += [training("r"), measuring("m", "print(1)", "runs/r")]
+    run_all.main(["--only", "r"])
+    first = Path("experiments/logs/r.jsonl").read_text()
+    Path("runs/r/ckpt.pt").unlink()
+    assert run_all.to_do([work[0]], again=False) == []
+    assert run_all.to_do([work[1]], again=False) == work
+    run_all.main([])
+    assert table.is_done(work[1]) and Path("experiments/logs/r.jsonl").read_text() == first
+
+
+def test_two_share_the_list(work):
+    """What another process makes is left to it."""
+    work += [measuring("one", "print(1)"), measuring("two", "print(2)")]
+    held = run_all.checkpoint.lock(Path("runs/one.lock"), wait=False)
+    run_all.main([])
+    held.close()
+    assert not table.is_done(work[0]) and table.is_done(work[1])
+
+
+def test_mistakes(monkeypatch, tmp_path, capsys):
+    for flags, message in (
+        ("--only rows,nothing --list", "--only nothing: there is none of that name"),
+        ("--minutes -1 --list", "--minutes must be at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_all.main(flags.split())
+    run_all.main(["--list", "--only", "count*, rows", "--device", "cpu"])
+    assert "left, and" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="start it where train_char.py is"):
+        run_all.main(["--list"])

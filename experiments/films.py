@@ -1,0 +1,84 @@
+"""Films of the automaton: is the order of time found, and does what is drawn follow the
+rule?"""
+
+import itertools
+
+import torch
+
+from experiments.runs import order_log_weights, shown
+from plumbing import pictures
+from plumbing.cli import need
+from plumbing.data import TEXT_LEN
+
+CELLS = 16
+ROWS = 4
+
+
+def need_films(run):
+    films = run.ckpt["settings"]["data"] in TEXT_LEN
+    need(films, f"{run.name} was not trained on an automaton")
+
+
+def rows(runs, a):
+    """--data automaton and automaton-both: the mean log-weight of each row of the films, in
+    order of time, less that of the film, for each direction that films may be written in. And
+    Kendall's tau between the order and time: 1 if every row is revealed before what follows
+    from it."""
+    for run in runs:
+        run.need_order()
+        need_films(run)
+        s = run.over_windows(order_log_weights)  # (N, L)
+        s = (s - s.mean(1, keepdim=True)).unflatten(1, (ROWS, -1))[..., :-1]  # no line ends
+        first = "".join(run.tokenizer.pieces(run.val[:, 0].tolist()))
+
+        # A mark at the beginning tells which way a film of automaton-both runs.
+        for mark in sorted(set(first) & {"v", "^"}) or [""]:
+            chosen = torch.tensor([mark in ("", c) for c in first])
+            film = s[chosen] if mark == "v" else s[chosen].flip(1)  # (n, ROWS, cells), in time
+            means = " ".join(shown(film[:, i].mean(1)) for i in range(ROWS))
+            tau = shown(kendall(film))
+            print(f"{run.name} {mark} tau {tau}; rows, first in time first: {means}")
+
+
+def kendall(film):
+    """tau (n,) of log-weights film (n, ROWS, cells), over all pairs of cells in different
+    rows: the share of pairs of which the earlier row is revealed first, from -1 to 1."""
+    pairs = itertools.combinations(range(ROWS), 2)
+    first = [film[:, i, :, None] > film[:, j, None, :] for i, j in pairs]
+    return 2 * torch.stack(first).double().mean((0, 2, 3)) - 1
+
+
+def films(runs, a):
+    """--data automaton and automaton-both: how many of the films that a run draws follow the
+    rule, and the first one, each cell's turn below it, from 0 to 9."""
+    for run in runs:
+        need_films(run)
+        z = torch.full((a.samples, run.val.shape[1]), run.model.mask_id, device=a.device)
+        x, at = run.model.sample(z, generator=torch.Generator(a.device).manual_seed(1))
+        drawn = pictures.pieces(run.tokenizer, x, at)
+        good = sum(follows_the_rule("".join(pieces)) for pieces, _ in drawn)
+        print(f"{run.name}: {good} of {a.samples} films are right; the first:")
+        pictures.show(drawn[:1], order=True)
+
+
+def follows_the_rule(film):
+    """Does each row of this text follow from the one before it in time, by rule 30? Without
+    marks the last row is the first in time. With marks "v" it is the first row, with "^" the
+    last, and every second moment is left out."""
+    mark = film[:1] if film[:1] in ("v", "^") else ""
+    lines = film.splitlines()
+    alike = all(line.startswith(mark) for line in lines)
+    lines = [line[len(mark) :] for line in lines]
+    whole = len(lines) == ROWS and all(len(line) == CELLS for line in lines)
+    if not (alike and whole):
+        return False
+    if mark != "v":
+        lines.reverse()
+
+    moments = [[c == "#" for c in line] for line in lines]
+    for now, then in itertools.pairwise(moments):
+        for _ in range(2 if mark else 1):
+            now = [now[i - 1] ^ (now[i] | now[(i + 1) % CELLS]) for i in range(CELLS)]
+        if now != then:
+            return False
+    return True

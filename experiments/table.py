@@ -1,0 +1,226 @@
+"""
+What RESULTS.md is made of: a table of runs, a table of measurements, and which of both are done.
+
+The log of a run is experiments/logs/NAME.jsonl, and what a measurement printed is in NAME.txt.
+Both begin with the command, the hardware, and a digest of the code that made them. A run or a
+measurement is done if its log has today's command. Today's code may be another.
+"""
+
+import itertools
+import json
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from plumbing import checkpoint
+from train_char import OUR_CODE
+
+RUNS = Path("runs")
+LOGS = Path("experiments/logs")
+PICTURES = "experiments/pictures"
+
+# ---- the runs ------------------------------------------------------------------------------------
+A3 = "--model a3 --shares 0,0,1"  # random orders from the start
+FROM_ARM = "--init_from runs/arm_s{seed}"
+MODELS = {
+    "arm": "--model arm",
+    "mdm": "--model mdm",
+    "mdm_32": "--model mdm --batch_size 32",
+    "mdm_by_time": "--model mdm-by-time",
+    "block4": "--model block --block_len 4",
+    "block16": "--model block",
+    "block17": "--model block --block_len 17",
+    "lomdm": "--model lomdm",
+    "lomdm_exp": "--model lomdm --weights exp",
+    "lomdm_frozen": "--model lomdm --c2 0",
+    "lomdm_by_time": "--model lomdm-by-time",
+    "a3": A3,
+    "stages": f"--model a3 {FROM_ARM}",
+    "stage3": f"{A3} {FROM_ARM}",
+    "vector": f"{A3} --left_neighbour False",
+    "vector_stage3": f"{A3} {FROM_ARM} --left_neighbour False",
+    "loa3": "--model loa3",
+    "share01": "--model loa3 --random_share 0.1",
+    "share03": "--model loa3 --random_share 0.3",
+    # as many steps as fit into the time of the ARM's 3,000
+    "block4_time": "--model block --block_len 4 --max_iters 1400",
+    "block16_time": "--model block --max_iters 1400",
+    "lomdm_time": "--model lomdm --max_iters 950",
+    "a3_time": f"{A3} --max_iters 1500",
+    "loa3_time": "--model loa3 --max_iters 1500",
+    # a pretrained LLaMA as it was, by one step that changes nothing, and trained on
+    "smol0": "--max_iters 1 --learning_rate 1e-12",
+    "smol": "--max_iters 240 --learning_rate 2e-4 --warmup_iters 10",
+}
+
+WIKITEXT = "--data data/wikitext2/valid.txt --val_data data/wikitext2/test.txt"  # put it there
+QUIET = "--log_interval 100 --num_samples 0"
+CPU = f"--device cpu --dtype bfloat16 --compile {QUIET}"
+SMALL = f"{CPU} --max_iters 3000 --eval_interval 500"
+LONG = (
+    f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 "
+    "--eval_interval 1000"
+)
+
+# Films are trained in float32, which is faster at this width. LoMDM reads each film twice, so it
+# gets half as many.
+FILM = f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 --batch_size"
+SHORT_FILM = "--data automaton --max_iters 1000 --eval_interval 250"
+LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
+BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
+
+SMOL = (
+    f"{A3} --init_from data/SmolLM2-135M-Instruct --device cpu --dtype bfloat16 --log_interval 20 "
+    f"--num_samples 0 {WIKITEXT} --batch_size 8 --seq_len 64 --weight_decay 0.01 "
+    "--eval_interval 40 --eval_windows 48"
+)
+BASE = f"--preset base --device cuda {QUIET}"
+GPT2 = (
+    f"--preset gpt2 --device cuda {WIKITEXT} --tokenizer gpt2 --batch_size 8 "
+    f"--gradient_accumulation_steps 4 --max_iters 300 --eval_interval 100 {QUIET}"
+)
+
+ONE = (1,)
+TWO = (1, 2)
+THREE = (1, 2, 3)
+FRESH = (11, 12, 13)  # seeds that LoA3's rules were not chosen with
+TRAIN = [  # what their names begin with, models, seeds, flags
+    ("", "arm mdm mdm_32 block4 block16 lomdm lomdm_exp lomdm_frozen a3 loa3", THREE, SMALL),
+    ("", "share01 share03 stages stage3 vector vector_stage3", TWO, SMALL),
+    ("", "mdm_by_time lomdm_by_time", TWO, SMALL),
+    ("", "block4_time block16_time lomdm_time a3_time loa3_time", THREE,
+     f"{CPU} --eval_interval 250"),
+    ("fresh_", "loa3", FRESH, SMALL),
+    ("long_", "arm", ONE, LONG),
+    ("long_", "loa3", ONE, f"--random_share 0.2 {LONG}"),
+    ("film_", "arm mdm block17 a3 loa3", THREE, f"{FILM} 64 {SHORT_FILM}"),
+    ("film_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {SHORT_FILM}"),
+    ("fresh_film_", "loa3", FRESH, f"{FILM} 64 {SHORT_FILM}"),
+    ("film_long_", "arm mdm loa3", THREE, f"{FILM} 64 {LONG_FILM}"),
+    ("film_long_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {LONG_FILM}"),
+    ("both_", "arm loa3", THREE, f"{FILM} 64 {BOTH_WAYS}"),
+    ("", "smol0 smol", ONE, SMOL),
+    ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
+    ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),
+]  # fmt: skip
+
+
+# ---- the measurements ----------------------------------------------------------------------------
+def of(names, seeds=ONE):
+    """The folders of these runs."""
+    return " ".join(f"runs/{name}_s{seed}" for name in names.split() for seed in seeds)
+
+
+MEASURE = {
+    "rows": f"evidence rows {of('film_loa3 both_loa3', THREE)}",
+    "rows_long": f"evidence rows {of('film_long_lomdm_exp film_long_lomdm', THREE)}",
+    "films": f"evidence films {of('film_loa3 both_loa3', THREE)}",
+    "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3', THREE)}",
+    "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
+    "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
+    "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
+    "orders": f"evidence passage {of('loa3 film_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
+    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp')}",
+    "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
+    "variance": f"evidence variance {of('mdm lomdm')}",
+    "samples": f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}",
+    "infill": "evidence infill "
+    + of("arm block16 mdm lomdm lomdm_exp loa3 share01 share03 a3"),
+    "decoders": f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 200",
+    "page": f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "
+    f"--top_p 0.9 --html {PICTURES}/sample.html",
+    "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
+    # times, for which nothing else should run
+    "steps": "bench --device cpu --what train --threads 1 --repeats 7",
+    "steps_compiled": "bench --device cpu --what train --threads 1 --repeats 7 --compile "
+    "--dtype bfloat16",
+    "speed": f"speed {of('arm block4 mdm lomdm a3 loa3')} --judge {of('arm', (2,))}",
+    "cuda_steps": "bench --device cuda --what train",
+    "cuda_steps_compiled": "bench --device cuda --what train --compile",
+    "cuda_steps_gpt2": "bench --device cuda --preset gpt2 --batch_size 8 --what train",
+    "cuda_speed": f"speed --device cuda {of('base_arm base_mdm base_lomdm base_a3 base_loa3')} "
+    f"--judge {of('base_arm', (2,))}",
+}
+
+
+# ---- both as one list ----------------------------------------------------------------------------
+class Item(NamedTuple):
+    """A run, or a measurement."""
+
+    name: str
+    argv: tuple[str, ...]  # what python is called with
+
+    @property
+    def is_run(self):
+        return self.argv[0] == "train_char.py"
+
+    @property
+    def needs(self):
+        """The names of the runs that it starts from."""
+        return {Path(word).name for word in self.argv if word.startswith("runs/")} - {self.name}
+
+    @property
+    def command(self):
+        return "$ python " + shlex.join(self.argv)
+
+    @property
+    def log(self):
+        return LOGS / f"{self.name}.{'jsonl' if self.is_run else 'txt'}"
+
+
+def items():
+    """All there is to do, what others start from first."""
+    for prefix, names, seeds, flags in TRAIN:
+        for name, seed in itertools.product(names.split(), seeds):
+            run = f"{prefix}{name}_s{seed}"
+            words = f"train_char.py {MODELS[name]} {flags} --seed {seed} --out_dir runs/{run}"
+            yield Item(run, tuple(words.format(seed=seed).split()))
+
+    for name, command in MEASURE.items():
+        first, *words = command.split()
+        script = [first] if first == "sample.py" else ["-m", f"experiments.{first}"]
+        yield Item(name, (*script, *words))
+
+
+# ---- what is done --------------------------------------------------------------------------------
+@cache
+def todays_code():
+    return checkpoint.code_digest(OUR_CODE)
+
+
+def stamp(item):
+    """The first line of what a measurement printed."""
+    return f"{item.command}  # {todays_code()}"
+
+
+def read_log(item):
+    """The header of a log, {command, code, hardware, ..}, and what follows: the rows of a run, as
+    dicts, or what a measurement printed, as text. ({}, ..) if there is none of today's command."""
+    if not item.log.is_file():
+        return {}, []
+
+    first, *rest = item.log.read_text("utf-8").split("\n")
+    if item.is_run:
+        header = json.loads(first)
+        found = [json.loads(line) for line in rest if line]
+    else:
+        command, _, code = first.partition("  # ")
+        header = {"command": command, "code": code, "hardware": rest[0]}
+        found = "\n".join(rest[1:])
+
+    same = header.get("command") == item.command
+    return (header if same else {}), found
+
+
+def is_done(item):
+    return bool(read_log(item)[0])
+
+
+def is_old(item):
+    """Whether it is done, but was made by other code than today's, or from a run that was."""
+    header, _ = read_log(item)
+    if not header:
+        return False
+    needed = [other for other in items() if other.name in item.needs]
+    return header.get("code") != todays_code() or any(is_old(other) for other in needed)
