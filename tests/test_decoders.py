@@ -30,6 +30,7 @@ def look_at_blocks(model, row, taken):
     done = [i for positions in taken for i in positions]
     K = model.config.block_len
     b = min(i for i in range(L) if i not in done) // K
+
     z = torch.full((1, L), V)
     z[0, done] = row[done]
     open = [i for i in range(b * K, (b + 1) * K) if i not in done]
@@ -42,6 +43,7 @@ def look_at_groups(model, row, taken):
     groups = torch.full((1, L), 9)
     for step, positions in enumerate(taken):
         groups[0, positions] = step
+
     open = [i for i in range(L) if groups[0, i] == 9]
     order = torch.zeros(L)
     if hasattr(model, "order"):
@@ -55,6 +57,8 @@ def walk(look, model, row, by, per_step):
     taken, total = [], 0.0
     while sum(map(len, taken)) < len(row):
         log_p, order, open = look(model, row, taken)
+
+        # What the rule prefers.
         p = log_p.exp()
         top = p.sort(dim=-1, descending=True).values
         score = {
@@ -64,6 +68,7 @@ def walk(look, model, row, by, per_step):
             "margin": top[:, 0] - top[:, 1],
             "order": order,
         }[by]
+
         now = sorted(open, key=lambda i: -score[i].item())[:per_step]
         total += sum(log_p[i, row[i]].item() for i in now)
         taken.append(now)

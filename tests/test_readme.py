@@ -92,7 +92,7 @@ def test_flags_exist():
     settings = (train_char.Settings, sample.Settings, data.Flags, bench.Settings)
     known = {f"--{name}" for S in settings for name in S.__dataclass_fields__}
     known |= {f"--{name}" for name in (*evidence.FLAGS, *harness.FLAGS)}
-    known |= {"--only", "--minutes", "--list"}  # of run_all
+    known |= {"--only", "--minutes", "--list", "--again"}  # of run_all
     known |= {"--help", "--standalone", "--nproc_per_node"}  # torchrun's
     assert set(re.findall(r"(?<![\w-])--\w+", PROSE)) <= known
 
