@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import V, count, every_model, exact, fits, make_lomdm, seeded, spy, texts
+from oracle import MODELS, V, count, every_model, exact, fits, make_lomdm, seeded, spy, texts
 
 import lomdm
 
