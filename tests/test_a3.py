@@ -7,7 +7,6 @@ models in test_models.py.
 import ast
 import inspect
 import itertools
-import math
 import textwrap
 from pathlib import Path
 
@@ -154,6 +153,12 @@ def test_cached_decoding_is_plain_decoding(n_layer, left_neighbour, monkeypatch)
             torch.testing.assert_close(logits[now], later[now], rtol=0, atol=1e-10)
 
 
+def test_a_group_may_take_several_calls():
+    x = torch.zeros(3, 5).long()
+    _, at = make_a3().decode(x, x, 2, "left")
+    assert torch.equal(at, chunk_groups(3, 5, 2))
+
+
 # ---- samples -----------------------------------------------------------------------------
 
 
@@ -210,14 +215,6 @@ def test_log_prob_of_the_steps_is_that_of_the_draw(by, m):
     assert fits(count(torch.cat((drawn, at), 1) + 1, pairs + 1), probs)
 
 
-def certainty_by_hand(probs, by):
-    """For one position's list of probabilities."""
-    high = sorted(probs, reverse=True)
-    if by == "confidence":
-        return high[0]
-    return high[0] - high[1] if by == "margin" else sum(p * math.log(p) for p in probs)
-
-
 @pytest.mark.parametrize("by", RULES)
 @pytest.mark.parametrize("m,how", [(1, {}), (2, dict(temperature=0)), (2, dict(top_k=1))])
 @torch.no_grad()
@@ -229,13 +226,13 @@ def test_dynamic_decoding_chooses_by_the_rule(by, m, how):
     x, at = model.sample(z, by=by, per_step=m, **how)
 
     for row, step in itertools.product(range(12), range(6)):
-        groups = torch.where(at[[row]] < step, at[[row]], 6)
-        probs = model(x[[row]], groups).softmax(-1)[0].tolist()
-        rest = (at[row] >= step).nonzero().flatten().tolist()
-        best = sorted(rest, key=lambda i: -certainty_by_hand(probs[i], by))[:m]
-        assert sorted(best) == (at[row] == step).nonzero().flatten().tolist()
+        logits = model(x[[row]], torch.where(at[[row]] < step, at[[row]], 6))[0]
+        score = a3.certainty(logits, by).masked_fill(at[row] < step, -torch.inf)
+        m_open = min(m, int((at[row] >= step).sum()))
+        best = score.topk(m_open).indices
+        assert sorted(best.tolist()) == (at[row] == step).nonzero().flatten().tolist()
         if how:
-            assert all(x[row, i] == max(range(5), key=probs[i].__getitem__) for i in best)
+            assert torch.equal(x[row, best], logits[best].argmax(-1))
     assert len(at.unique(dim=0)) > 6  # not the same choice all the time
 
 

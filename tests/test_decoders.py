@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import V, count, fits, make_a3, make_loa3, make_lomdm, seeded, texts
 
+import lomdm
 from beyond.decoders import decoder_log_prob
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -58,16 +59,10 @@ def walk(look, model, row, by, per_step):
     while sum(map(len, taken)) < len(row):
         log_p, order, open = look(model, row, taken)
 
-        # What the rule prefers.
-        p = log_p.exp()
-        top = p.sort(dim=-1, descending=True).values
-        score = {
-            "left": -torch.arange(len(row)),
-            "confidence": top[:, 0],
-            "entropy": (p * log_p).sum(-1),
-            "margin": top[:, 0] - top[:, 1],
-            "order": order,
-        }[by]
+        if by in ("left", "order"):
+            score = -torch.arange(len(row)) if by == "left" else order
+        else:
+            score = lomdm.certainty(log_p, by)
 
         now = sorted(open, key=lambda i: -score[i].item())[:per_step]
         total += sum(log_p[i, row[i]].item() for i in now)
