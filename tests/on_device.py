@@ -174,6 +174,10 @@ MODELS = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def on_both(name):
     """The same model with weights that are not small, and the same texts: on the CPU and on
     the device."""
@@ -217,7 +221,7 @@ def test_a_loss_is_that_of_the_cpu_and_never_waits(name, chunked, monkeypatch):
     same(*found, atol=1e-5)
 
 
-@pytest.mark.parametrize("by", ["left", "random", "confidence", "order"])
+@pytest.mark.parametrize("by", ["left", "confidence", "order", slow("random")])
 @every_model
 def test_samples_and_bounds_are_those_of_the_cpu(name, by):
     """Greedy, with given tokens; and what a decoder costs that is walked through a text."""
@@ -246,11 +250,7 @@ def test_samples_and_bounds_are_those_of_the_cpu(name, by):
 # ---- scripts -----------------------------------------------------------------------------
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("model", ["lomdm", "a3", slow("loa3")])
+@pytest.mark.parametrize("model", ["lomdm", slow("a3"), slow("loa3")])
 def test_training_is_that_of_the_cpu_and_waits_to_log_only(
     model, tmp_path, monkeypatch, capsys
 ):
