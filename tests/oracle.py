@@ -2,12 +2,13 @@
 The oracle of the tests: with 3 tokens and 4 positions, everything can be listed.
 
 There are 81 texts, 24 orders and 16 sets of visible positions. So the likelihood of a small
-random network, and the bounds on it, can be added up without any sampling. What stands here
-uses the plainest methods of the models only: log_probs, order_weights and order_weights_hat of
-LoMDM, and the parameters of A3. Everything else in lomdm.py, a3.py and beyond/ has to agree
-with that.
+random network, and the bounds on it, are added up order by order, as the equations say. What
+stands here uses the plainest methods of the models only: log_probs, order_weights and
+order_weights_hat of LoMDM, and the parameters of A3. Everything else in lomdm.py, a3.py and
+beyond/ has to agree with that.
 """
 
+import functools
 import itertools
 import math
 
@@ -23,6 +24,17 @@ V = 3  # tokens, where nothing else is said
 
 # ---- small random models -----------------------------------------------------------------
 
+SIZE = dict(n_layer=2, n_head=2, n_embd=8)
+MODELS = {
+    "arm": dict(block_len=1),
+    "block": dict(block_len=2),
+    "mdm": dict(),
+    "lomdm": dict(learn_order=True),
+    "exp": dict(learn_order=True, weights="exp"),
+    "block lomdm": dict(block_len=2, learn_order=True),
+}
+every_model = pytest.mark.parametrize("kw", MODELS.values(), ids=MODELS.keys())
+
 
 def randomize(model):
     """Weights that are all random and large, so that nothing is near 0 or 1."""
@@ -32,9 +44,6 @@ def randomize(model):
         else:
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.5)
     return model.eval()
-
-
-SIZE = dict(n_layer=2, n_head=2, n_embd=8)
 
 
 def make_lomdm(L=4, seed=0, cls=lomdm.LoMDM, **kw):
@@ -53,33 +62,6 @@ def make_loa3(L=4, seed=0, vocab_size=V, random_share=0.2, **kw):
     return randomize(loa3.LoA3(config))
 
 
-MODELS = {
-    "arm": dict(block_len=1),
-    "block": dict(block_len=2),
-    "mdm": dict(),
-    "lomdm": dict(learn_order=True),
-    "exp": dict(learn_order=True, weights="exp"),
-    "block lomdm": dict(block_len=2, learn_order=True),
-}
-every_model = pytest.mark.parametrize("kw", MODELS.values(), ids=MODELS.keys())
-
-
-def trained_arm(dtype=torch.float64, steps=30, L=12):
-    """An ARM that has learned something, and texts of the kind it was trained on."""
-    torch.set_default_dtype(dtype)
-    torch.manual_seed(0)
-    arm = lomdm.LoMDM(lomdm.Config(7, L, 2, 2, 16, block_len=1))
-    optimizer = torch.optim.AdamW(arm.parameters(), 1e-2)
-    for _ in range(steps):
-        x = (torch.arange(L) + torch.randint(7, (16, 1))) % 7 * (torch.rand(16, L) < 0.9)
-        loss, _ = arm.loss(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 1.7  # guessing is 1.95
-    return arm.eval(), x
-
-
 # ---- lists of everything -----------------------------------------------------------------
 
 
@@ -94,13 +76,12 @@ def orders(L):
 
 
 def visible_sets(L):
-    """All sets of visible positions, each after its subsets: (2^L, L) bool."""
-    return torch.tensor([[bool(s >> i & 1) for i in range(L)] for s in range(2**L)])
+    """All sets of visible positions: (2^L, L) bool."""
+    return torch.tensor(list(itertools.product([False, True], repeat=L)))
 
 
 def partitions(L):
-    """Every ordered partition of L positions, with every set of given ones, as groups (N,
-    L)."""
+    """Every ordered partition of L positions, with every set of given ones: groups (N, L)."""
     rows = []
     for row in itertools.product(range(-1, L), repeat=L):
         ranks = set(row) - {-1}
@@ -123,7 +104,16 @@ RAGGED = torch.tensor(  # groups of all sizes, gaps between their numbers, given
 )
 
 
-# ---- LoMDM: the likelihood and the bounds ------------------------------------------------
+# ---- the likelihood and the bounds, order by order ---------------------------------------
+
+
+def bounds(log_p, log_q_hat, log_q):
+    """Equations (1) and (2) of lomdm.py and of loa3.py: -log p (N,), and its bound (N,). All
+    arguments are (N, orders): log p of each text in each order, and log q_hat and log q of the
+    order."""
+    q = log_q.exp()
+    neg_log_p = -(log_q_hat + log_p).logsumexp(1)
+    return neg_log_p, (q * (-log_p + log_q - log_q_hat)).sum(1)
 
 
 def token_log_probs(model, z, x):
@@ -131,49 +121,73 @@ def token_log_probs(model, z, x):
     return model.log_probs(z).gather(-1, x[..., None]).squeeze(-1)
 
 
-def frontier(model, visible):
-    """Where the next token may go: the hidden positions of the first unfinished block, (L,)
-    bool."""
-    b = torch.arange(len(visible)) // model.config.block_len
-    return ~visible & (b == b[~visible].min())
+def look_at(model, x):
+    """What a LoMDM says of texts x (N, L) of which a set of positions is visible, a function
+    of that set: log mu (N, L, V) and w_hat (N, L)."""
+
+    @functools.cache
+    def look(visible):
+        shown = torch.tensor([i in visible for i in range(x.shape[1])])
+        z = torch.where(shown, x, model.mask_id)
+        return model.log_probs(z), model.order_weights_hat(z)
+
+    return look
+
+
+def frontier(model, visible, L):
+    """Where the next token may go: the hidden positions of the first unfinished block."""
+    K = model.config.block_len
+    hidden = [i for i in range(L) if i not in visible]
+    return [i for i in hidden if i // K == hidden[0] // K]
+
+
+def list_lomdm(model, x, given=()):
+    """log p, log q_hat and log q for bounds(), and the expected cost of guessing the times,
+    which the papers' bound has on top: (N, orders) each. Positions `given` come first in every
+    order, at no cost."""
+    N, L = x.shape
+    w = model.order_weights(x)
+    look = look_at(model, x)
+
+    rows = []
+    for order in itertools.permutations(set(range(L)) - set(given)):
+        visible = frozenset(given)
+        log_p = log_q_hat = log_q = timing = torch.zeros(N)
+        for i in order:
+            open = frontier(model, visible, L)
+            if i not in open:  # a later block has no chance
+                break
+            log_mu, w_hat = look(visible)
+            W = w[:, open].sum(1)
+            W_hat = w_hat[:, open].sum(1)
+
+            log_p = log_p + log_mu[torch.arange(N), i, x[:, i]]
+            log_q = log_q + (w[:, i] / W).log()
+            log_q_hat = log_q_hat + (w_hat[:, i] / W_hat).log()
+            timing = timing + (W / W_hat).log() - 1 + W_hat / W
+            visible = visible | {i}
+        else:
+            rows.append(torch.stack((log_p, log_q_hat, log_q, timing)))
+    return torch.stack(rows, dim=-1)  # (4, N, orders)
 
 
 def exact(model, x, given=()):
-    """-log p(x) (N,), and the jump and the paper's bound, by recursion over visible sets.
+    """For LoMDM: -log p(x) (N,), the bound (2), and the papers' bound. With given positions, p
+    is p(rest | given)."""
+    log_p, log_q_hat, log_q, timing = list_lomdm(model, x, given)
+    neg_log_p, jump = bounds(log_p, log_q_hat, log_q)
+    return neg_log_p, jump, jump + (log_q.exp() * timing).sum(1)
 
-    p(x) is a sum over orders. Those that pass through the same visible set share their past:
 
-        f(S + i) += f(S) (w_hat_i / W_hat) mu^i(x_i),   f(empty) = 1,   p(x) = f(all)
-
-    and q reaches S with a probability q(S) that grows in the same way by w / W alone. With
-    given positions, the recursion starts at the set of these, and p is p(rest | given)."""
-    N, L = x.shape
-    start = sum(1 << i for i in given)
-    f = [torch.zeros(N) for _ in range(2**L)]
-    q = [torch.zeros(N) for _ in range(2**L)]
-    f[start] = q[start] = torch.ones(N)
-    jump = timing = torch.zeros(N)
-    w = model.order_weights(x)
-
-    for s, visible in enumerate(visible_sets(L)[:-1]):
-        if s & start != start:
-            continue
-        z = torch.where(visible, x, model.mask_id)
-        log_mu = token_log_probs(model, z, x)
-        w_hat = model.order_weights_hat(z)
-        open = frontier(model, visible)
-        W = (w * open).sum(1)
-        W_hat = (w_hat * open).sum(1)
-        timing = timing + q[s] * ((W / W_hat).log() - 1 + W_hat / W)
-
-        for i in open.nonzero().flatten().tolist():
-            go = w[:, i] / W
-            go_hat = w_hat[:, i] / W_hat
-            jump = jump + q[s] * go * (-log_mu[:, i] + go.log() - go_hat.log())
-            t = s | 1 << i
-            q[t] = q[t] + q[s] * go
-            f[t] = f[t] + f[s] * go_hat * log_mu[:, i].exp()
-    return -f[-1].log(), jump, jump + timing
+def list_loa3(model, x):
+    """log p, log q_hat and log q for bounds(), of LoA3: (N, orders) each."""
+    every = orders(x.shape[1])
+    n, m = len(x), len(every)
+    rows = x.repeat_interleave(m, 0)
+    order = every.repeat(n, 1)
+    log_q_hat, log_q = model.order_log_probs(rows, order)
+    log_p = model.log_prob(rows, order.argsort(1))
+    return [t.sum(1).view(n, m) for t in (log_p, log_q_hat, log_q)]
 
 
 # ---- LoMDM: the papers' clock ------------------------------------------------------------
@@ -186,35 +200,36 @@ def schedule(model, t, L, w=1.0):
     return alpha.expand(len(t), L), velocity.expand(len(t), L)
 
 
-def rate_by_masks(model, x, alpha, velocity, velocity_hat_of):
+def rate_by_masks(look, x, alpha, velocity, velocity_hat_of):
     """The integrand of the papers' bound for texts x at one time, (N,): the mean over z, of
-    which all masks are listed. velocity_hat_of(z) is the model's rate."""
+    which all masks are listed. The model's rate is velocity_hat_of(w_hat)."""
     total = 0
     for visible in visible_sets(x.shape[1]):
         prob = torch.where(visible, alpha, 1 - alpha).prod(-1)  # (N,)
-        if not (prob > 0).any():
-            continue
-        z = torch.where(visible, x, model.mask_id)
-        hidden = (~visible).expand_as(x)
-        velocity_hat = velocity_hat_of(z)
-        rate = lomdm.nelbo_rate(model.log_probs(z), x, hidden, velocity, velocity_hat)
-        total = total + prob * sum(rate)
+        if (prob > 0).any():
+            log_mu, w_hat = look(frozenset(visible.nonzero().flatten().tolist()))
+            hidden = (~visible).expand_as(x)
+            rate = lomdm.nelbo_rate(log_mu, x, hidden, velocity, velocity_hat_of(w_hat))
+            total = total + prob * sum(rate)
     return total
 
 
-def rate_at(model, x, t):
-    """rate_by_masks() of a model's own weights, for texts x at a time t."""
+def rate_of(model, x):
+    """The integrand (N,) for a model's own weights, a function of the time t."""
     L = x.shape[1]
-    t = t.expand(len(x), 1)
-    alpha, velocity = schedule(model, t, L, model.order_weights(x))
+    look = look_at(model, x)
+    w = model.order_weights(x)
 
-    def velocity_hat_of(z):
-        return schedule(model, t, L, model.order_weights_hat(z))[1]
+    def rate(t):
+        t = t.expand(len(x), 1)
+        alpha, velocity = schedule(model, t, L, w)
+        velocity_hat_of = lambda w_hat: schedule(model, t, L, w_hat)[1]  # noqa: E731
+        return rate_by_masks(look, x, alpha, velocity, velocity_hat_of)
 
-    return rate_by_masks(model, x, alpha, velocity, velocity_hat_of)
+    return rate
 
 
-def time_integral(rate, n=1, nodes=100, power=16):
+def time_integral(rate, n=1, nodes=60, power=16):
     """int_0^1 rate(t) dt by Gauss-Legendre on each n-th. There t = s^power, by which t^{w-1}
     becomes smooth."""
     j = torch.arange(1.0, nodes)
@@ -234,7 +249,73 @@ def time_integral(rate, n=1, nodes=100, power=16):
 def paper_bound_by_time(model, x):
     """The papers' bound (N,) from its definition: clocks, rates and an integral over time."""
     pieces = math.ceil(x.shape[1] / model.config.block_len)
-    return time_integral(lambda t: rate_at(model, x, t), pieces)
+    return time_integral(rate_of(model, x), pieces)
+
+
+# ---- all draws of a loss -----------------------------------------------------------------
+
+
+def lomdm_draws(model, x):
+    """All that LoMDM.loss() of one text x (1, L) may draw: two orders, and a count for each
+    block. Yields probabilities, and what functions of lomdm.py then return."""
+    K = min(x.shape[1], model.config.block_len)
+    n = x.shape[1] // K
+    w = model.order_weights(x).view(1, n, K).detach()
+
+    one_block = itertools.permutations(range(K))
+    every = torch.tensor(list(itertools.product(one_block, repeat=n)))  # (m, n, K)
+    whole = torch.full((len(every), n), K)
+    q = lomdm.prefix_log_prob(w.expand(every.shape), every, whole).sum(1).exp()
+
+    for k in itertools.product(range(K), repeat=n):
+        count = {(lomdm, "stratified_counts"): torch.tensor([k])}
+        for i, j in itertools.product(range(len(every)), repeat=2):
+            yield q[i] * q[j] / K**n, {(lomdm, "race"): every[[i, j]]} | count
+
+
+def by_time_draws(model, x, t):
+    """Likewise for ByTime.loss() of a text x (1, L) at a time t: its noisy texts, two if an
+    order is learned."""
+    L = x.shape[1]
+    alpha, _ = schedule(model, t, L, model.order_weights(x).detach())
+    times = 2 if model.config.learn_order else 1
+
+    for visible in itertools.product(visible_sets(L), repeat=times):
+        visible = torch.stack(visible)
+        p = torch.where(visible, alpha, 1 - alpha).prod()
+        if p > 0:  # blocks that are not at work are visible or hidden for sure
+            yield p, {(torch, "rand"): torch.where(visible, -1.0, 1.0)}  # hidden above alpha
+
+
+def loa3_draws(model, x):
+    """Likewise for LoA3.loss() of two texts x (2, L): an order for each."""
+    every = orders(x.shape[1])
+    q = list_loa3(model, x)[2].exp().detach()
+    for i, j in itertools.product(range(len(every)), repeat=2):
+        yield q[0, i] * q[1, j], {(loa3, "race"): every[[i, j]]}
+
+
+def mean_over(draws, monkeypatch, function):
+    """The means over draws of the tensors that function() returns."""
+    total = 0
+    means = itertools.repeat(0)
+    for p, results in draws:
+        for (owner, name), result in results.items():
+            monkeypatch.setattr(owner, name, lambda *_, result=result, **how: result)
+        means = [mean + p * t for mean, t in zip(means, function(), strict=False)]
+        total += p
+    assert total.item() == pytest.approx(1)
+    return means
+
+
+def same_gradients(model, got, want):
+    """Of two values, in all parameters."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    got = torch.autograd.grad(got, parameters)
+    want = torch.autograd.grad(want, parameters)
+    for name, a, b in zip(names, got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
+        assert b.abs().max() > 1e-6, f"{name} has no gradient"
 
 
 # ---- A3: one position at a time ----------------------------------------------------------
@@ -242,11 +323,12 @@ def paper_bound_by_time(model, x):
 
 @torch.no_grad()
 def naive(model, x, groups):
-    """Equation (1) of a3.py for one text x and its groups, lists of L numbers, written from
-    the definition, one group and one position at a time: logits (L, V) at predicted positions,
-    and nan at given ones."""
+    """Equation (1) of a3.py for one text x and its groups, lists of L numbers, from the
+    definition, one group and one position at a time: logits (L, V) at predicted positions, and
+    nan at given ones."""
     heads = model.config.n_head
     d = model.config.n_embd // heads
+    memory = [[] for _ in model.blocks]  # (k, v) of the content so far, for each layer
 
     def norm(layer, h):
         return layer.weight * h / (h.square().mean() + 1e-5).sqrt()
@@ -257,60 +339,50 @@ def naive(model, x, groups):
         z = z * torch.polar(torch.ones(1), angle)
         return torch.cat((z.real, z.imag), 1)
 
-    def qkv(block, h, slot):
+    def ask(block, h, slot):
         q, k, v = (block.qkv.weight @ norm(block.norm1, h)).view(3, heads, d)
         return turn(q, slot), turn(k, slot), v
 
-    def attend(q, seen):  # q (heads, d), seen: (k, v) pairs
-        y = []
-        for a in range(heads):
-            weight = torch.stack([q[a] @ k[a] / math.sqrt(d) for k, v in seen]).softmax(0)
-            y.append(sum(w * v[a] for w, (k, v) in zip(weight, seen, strict=True)))
-        return torch.cat(y)
-
-    def rest_of_layer(block, h, y):
-        h = h + block.proj.weight @ y
+    def attend(block, h, q, seen):
+        keys = torch.stack([k for k, _ in seen])  # (n, heads, d)
+        values = torch.stack([v for _, v in seen])
+        weight = ((q * keys).sum(-1, keepdim=True) / math.sqrt(d)).softmax(0)
+        h = h + block.proj.weight @ (weight * values).sum(0).flatten()
         gate, up = (block.gate_up.weight @ norm(block.norm2, h)).chunk(2)
         return h + block.down.weight @ (gate * torch.sigmoid(gate) * up)
 
-    def embed(vector, slot):  # the last slot, which a GPT never reads, shares its position
-        return vector + model.wpe.weight[min(slot, model.config.seq_len - 1)]
+    def run(vectors, slots, commit):
+        """Places through all layers. What is committed is seen: by later ones, and inside of
+        the group."""
+        last = model.config.seq_len - 1  # the last slot, never a GPT's, shares its position
+        h = [v + model.wpe.weight[min(s, last)] for v, s in zip(vectors, slots, strict=True)]
+        for block, seen in zip(model.blocks, memory, strict=True):
+            asked = [ask(block, h_i, s) for h_i, s in zip(h, slots, strict=True)]
+            if commit:
+                seen += [(k, v) for _, k, v in asked]
+            pairs = zip(h, asked, strict=True)
+            h = [attend(block, h_i, q, seen) for h_i, (q, _, _) in pairs]
+        return h
 
-    memory = [[] for _ in model.blocks]  # (k, v) of the content so far, for each layer
-
-    def commit(tokens, slots):
-        """Content of one group: its members see each other and all that came before."""
-        h = [embed(model.wte.weight[t], s) for t, s in zip(tokens, slots, strict=True)]
-        for block, mem in zip(model.blocks, memory, strict=True):
-            parts = [qkv(block, h_i, s) for h_i, s in zip(h, slots, strict=True)]
-            mem += [(k, v) for _, k, v in parts]
-            asked = [q for q, _, _ in parts]
-            h = [
-                rest_of_layer(block, h_i, attend(q, mem))
-                for h_i, q in zip(h, asked, strict=True)
-            ]
-
-    def predict(i, rank):
-        """The query for position i of the group of this rank: logits (V,)."""
+    def query(i, rank):
+        """How the query for position i of the group of this rank begins."""
         known = i == 0 or max(groups[i - 1], -1) < rank
         left = V if i == 0 else x[i - 1]
         is_token = known and model.config.left_neighbour
-        h = embed(model.wte.weight[left] if is_token else model.query, i)
-        for block, mem in zip(model.blocks, memory, strict=True):
-            h = rest_of_layer(block, h, attend(qkv(block, h, i)[0], mem))
-        return model.lm_head.weight[:V] @ norm(model.norm, h)
+        return model.wte.weight[left] if is_token else model.query
 
     # The start token, then what is given, one by one, then the groups.
     logits = torch.full((len(x), V), torch.nan)
-    commit([V], [0])
+    run([model.wte.weight[V]], [0], commit=True)
     given = [i for i in range(len(x)) if groups[i] < 0]
     for i in sorted(given, key=lambda i: groups[i]):
-        commit([x[i]], [i + 1])
+        run([model.wte.weight[x[i]]], [i + 1], commit=True)
     for rank in sorted({g for g in groups if g >= 0}):
         members = [i for i in range(len(x)) if groups[i] == rank]
         for i in members:
-            logits[i] = predict(i, rank)
-        commit([x[i] for i in members], [i + 1 for i in members])
+            (h,) = run([query(i, rank)], [i], commit=False)
+            logits[i] = model.lm_head.weight[:V] @ norm(model.norm, h)
+        run([model.wte.weight[x[i]] for i in members], [i + 1 for i in members], commit=True)
     return logits
 
 
@@ -320,22 +392,11 @@ def naive_batch(model, x, groups):
     return torch.stack([naive(model, *pair) for pair in pairs])
 
 
-# ---- LoA3: all orders --------------------------------------------------------------------
-
-
-def listed(model, x):
-    """For each order of each text: log p of the text in this order, log q_hat and log q of the
-    order, (texts, orders) each."""
-    every = orders(x.shape[1])
-    n, m = len(x), len(every)
-    rows = x.repeat_interleave(m, 0)
-    order = every.repeat(n, 1)
-    log_q_hat, log_q = model.order_log_probs(rows, order)
-    log_p = model.log_prob(rows, order.argsort(1))
-    return [t.sum(1).view(n, m) for t in (log_p, log_q_hat, log_q)]
-
-
 # ---- samples -----------------------------------------------------------------------------
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def count(x, every):
@@ -349,29 +410,24 @@ def count(x, every):
     return counts
 
 
-def chi_square(counts, probs):
-    """The chi-square statistic of counts as a normal deviate (Wilson and Hilferty), where what
-    is rare is one cell together."""
-    n = counts.sum()
-    rare = n * probs < 10
-    if rare.any():
-        counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
-        probs = torch.cat((probs[~rare], probs[rare].sum()[None]))
-        assert probs[-1] < 0.05, "expected counts too small for the test"
-        enough = n * probs > 5
-        counts = counts[enough]
-        probs = probs[enough]
-
-    free = len(probs) - 1
-    statistic = ((counts - n * probs) ** 2 / (n * probs)).sum().item()
-    return ((statistic / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free))
-
-
 def fits(counts, probs):
-    """Are counts those of draws from probs? Neither too far nor too near: within four standard
-    deviations."""
+    """Are counts those of draws from probs? The chi-square statistic as a normal deviate
+    (Wilson and Hilferty), where what is rare is one cell together, is neither too far nor too
+    near: within four standard deviations."""
     assert probs.sum().item() == pytest.approx(1, abs=1e-9)
-    return abs(chi_square(counts, probs.detach())) < 4
+    n = counts.sum()
+    probs = probs.detach()
+    rare = n * probs < 10
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    probs = torch.cat((probs[~rare], probs[rare].sum()[None]))
+    assert probs[-1] < 0.05, "expected counts too small for the test"
+
+    enough = n * probs > 5  # all cells are, but perhaps the last
+    expected = (n * probs)[enough]
+    free = len(expected) - 1
+    statistic = ((counts[enough] - expected) ** 2 / expected).sum().item()
+    cube_root = (statistic / free) ** (1 / 3)
+    return abs(cube_root - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free)) < 4
 
 
 # ---- what was called ---------------------------------------------------------------------

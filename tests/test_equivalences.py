@@ -3,24 +3,23 @@ The claims of the papers, and the tests that hold them against enumeration in fl
 
     claim                                                              test
     ---------------------------------------------------------------------------------------
-    The probabilities of all texts sum to one: LoMDM                   test_lomdm_sums_to_one
+    The probabilities of all texts sum to one: LoMDM                   test_lomdm_sums_to_one_*
         A3, in any groups and given any tokens                         test_a3_sums_to_one
         LoA3, of texts and orders together                             test_loa3_sums_to_one
 
     LoMDM (arXiv:2602.02112)
-    p(x) is the sum over orders (1), and its bound is (2)              test_equations_1_and_2
-    the six lines at the top of lomdm.py are its loss for an MDM       test_six_lines_*
+    the six lines at the top of lomdm.py are the bound of an MDM       test_six_lines_*
     an ARM is the chain rule                                           test_arm_*
     an MDM is the mean over all orders, whatever the schedule          test_mdm_*
     all blocks in one pass are the blocks one by one                   test_block_fast_path_*
     LoMDM contains MDM: heads at zero, or c2 = 0                       test_lomdm_contains_mdm
+        and begins as one                                              test_a_new_lomdm_*
     only c2 / c1 counts                                                test_only_c2_over_c1_*
     the race is a Plackett-Luce ranking                                test_race_*
-    -log p  <=  the bound over orders  <=  the papers' bound           test_exact_below_*
+    -log p  <=  the bound over orders  <=  the papers' bound           test_lomdm_sums_*, too
     the papers' bound is an integral over time                         test_paper_bound_*
-        at a random time its terms have that mean                      test_time_form_*
-    the gradient of the loss is that of the bound                      test_gradient_*
-        and by time, that of the papers' bound                         test_by_time_*
+    the mean of the loss, and of its gradient, is the bound's          test_loss_and_gradient_*
+        and at a random time, the papers' bound's                      test_time_form_*
 
     A3 (arXiv:2601.13228)
     two streams in one pass are a double loop over groups              test_a3_is_the_naive_*
@@ -29,20 +28,33 @@ The claims of the papers, and the tests that hold them against enumeration in fl
 
     LoA3 (both)
     with a uniform order it is A3, with a steep one the ARM            test_uniform_*, steep
-    its bound is -log p(x) plus what q does not know of the order      test_loa3_bound_*
+    the mean of the loss, and of its gradient, is the bound's          test_loa3_loss_*
 
-What is listed, and how, stands in oracle.py. test_lomdm.py, test_a3.py and test_loa3.py test
-the rest: samples, caches, leaks, chunks, compilers, bad input.
+oracle.py adds up the likelihood, equation (1) of lomdm.py, and the bound, equation (2), order
+by order. Here all else is held against that. test_lomdm.py, test_a3.py and test_loa3.py test
+the rest: samples, caches, leaks; and test_models.py what holds for all models.
 """
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import V, every_model, exact, orders, texts, token_log_probs
+from oracle import (
+    V,
+    bounds,
+    every_model,
+    exact,
+    mean_over,
+    orders,
+    same_gradients,
+    seeded,
+    texts,
+    token_log_probs,
+)
 
 import a3
 import lomdm
@@ -60,23 +72,11 @@ def whole_blocks(kw, L):
 # ---- probabilities of all texts sum to one -----------------------------------------------
 
 
-@every_model
-@every_length
-@torch.no_grad()
-def test_lomdm_sums_to_one(kw, L):
-    x = texts(whole_blocks(kw, L))
-
-    neg_log_p, _, _ = exact(oracle.make_lomdm(**kw), x)
-
-    assert neg_log_p.neg().exp().sum().item() == pytest.approx(1, abs=1e-12)
-
-
 @torch.no_grad()
 def test_a3_sums_to_one():
-    """Every ordered partition of 4 positions, and random ones of 5. Where tokens are given,
-    the sum is over what fills the gaps, for each choice of given ones."""
-    many = torch.randint(-1, 5, (40, 5), generator=torch.Generator().manual_seed(0))
-    for groups in (*oracle.partitions(4), *many[(many >= 0).any(1)], *oracle.RAGGED):
+    """Every ordered partition of 4 positions, and some of 5. Where tokens are given, the sum
+    is over what fills the gaps, for each choice of given ones."""
+    for groups in (*oracle.partitions(4), *oracle.RAGGED):
         L = len(groups)
         x = texts(L)
 
@@ -89,12 +89,12 @@ def test_a3_sums_to_one():
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("L, vocab_size, n_layer", [(4, 2, 2), (3, 3, 1), (4, 3, 3)])
+@pytest.mark.parametrize("L, vocab_size, seq_len", [(4, 2, 4), (3, 3, 3), (3, 2, 6)])
 @torch.no_grad()
-def test_loa3_sums_to_one(L, vocab_size, n_layer):
-    model = oracle.make_loa3(L, seed=2, vocab_size=vocab_size, n_layer=n_layer)
+def test_loa3_sums_to_one(L, vocab_size, seq_len):
+    model = oracle.make_loa3(seq_len, seed=2, vocab_size=vocab_size)
 
-    log_p, log_q_hat, log_q = oracle.listed(model, texts(L, vocab_size))
+    log_p, log_q_hat, log_q = oracle.list_loa3(model, texts(L, vocab_size))
 
     assert (log_p + log_q_hat).exp().sum().item() == pytest.approx(1, abs=1e-10)
     assert torch.allclose(log_q.exp().sum(1), torch.ones(vocab_size**L), atol=1e-10)
@@ -102,90 +102,45 @@ def test_loa3_sums_to_one(L, vocab_size, n_layer):
     assert (log_q - log_q_hat).abs().max() > 0.5, "nor from q_hat"
 
 
-# ---- the two equations at the top of lomdm.py --------------------------------------------
+# ---- the members of LoMDM ----------------------------------------------------------------
 
 
-@every_model
-@every_length
-@torch.no_grad()
-def test_equations_1_and_2(kw, L):
-    """By brute force: walk along each order, and add up what stands there."""
-    L = whole_blocks(kw, L)
-    model = oracle.make_lomdm(**kw)
-    x = texts(L)
-    w = model.order_weights(x)
-
-    p = bound = 0
-    for order in orders(L).tolist():
-        visible = torch.zeros(L, dtype=torch.bool)
-        log_q = log_q_hat = log_mu = torch.zeros(len(x))
-        for i in order:
-            z = torch.where(visible, x, model.mask_id)
-            w_hat = model.order_weights_hat(z)
-            open = oracle.frontier(model, visible)  # later blocks have no chance
-            log_q = log_q + ((w * open)[:, i] / (w * open).sum(1)).log()
-            log_q_hat = log_q_hat + ((w_hat * open)[:, i] / (w_hat * open).sum(1)).log()
-            log_mu = log_mu + token_log_probs(model, z, x)[:, i]
-            visible[i] = True
-        if log_q.isfinite().all():
-            p = p + (log_q_hat + log_mu).exp()  # (1)
-            bound = bound + log_q.exp() * (-log_mu + log_q - log_q_hat)  # (2)
-
-    neg_log_p, jump, _ = exact(model, x)
-    torch.testing.assert_close(-p.log(), neg_log_p, rtol=0, atol=1e-12)
-    torch.testing.assert_close(bound, jump, rtol=0, atol=1e-12)
-
-
-def run_six_lines(model, x, turn, k):
+def six_lines(model, x, turn, k):
     """The loss of the training step that lomdm.py begins with. It is taken from there and
     executed, with these draws: turn (B, L) of the positions, and counts k (B, 1)."""
     start = lomdm.__doc__.index("    turn = ")
     lines = [line.strip() for line in lomdm.__doc__[start:].splitlines()[:6]]
-    assert lines[-1].startswith("loss = ")
 
-    class Torch:  # what the six lines use of torch
-        rand = staticmethod(lambda B, L: turn.argsort(1).double())  # its argsort is turn
-        randint = staticmethod(lambda high, shape: k)
-
-    B, L = x.shape
-    names = dict(B=B, L=L, x=x, mask_id=model.mask_id, torch=Torch, F=F)
+    random = SimpleNamespace(
+        rand=lambda B, L: turn.argsort(1).double(),  # its argsort is turn
+        randint=lambda high, shape: k,
+    )
+    names = dict(B=len(x), L=x.shape[1], x=x, mask_id=model.mask_id, torch=random, F=F)
     names["model"] = lambda z: model.logits(model.features(z)[0])
     exec("\n".join(lines), names)
-    assert torch.equal(names["turn"], turn)
     return names["loss"]
 
 
-def test_six_lines_are_the_loss_of_an_mdm(monkeypatch):
-    """For the same orders and counts: the same loss, and the same gradients."""
-    model = oracle.make_lomdm()
-    x = texts(4)[::4]
-    turn = torch.rand(len(x), 4).argsort(1)
-    k = torch.randint(4, (len(x), 1))
-    monkeypatch.setattr(lomdm, "race", lambda w: turn.argsort(1).view(w.shape))
-    monkeypatch.setattr(lomdm, "stratified_counts", lambda *shape, **how: k)
-
-    want = run_six_lines(model, x, turn, k)
-    got, _ = model.loss(x)
-
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
-    same_gradients(model, got, want)
-
-
-@torch.no_grad()
-def test_six_lines_have_the_bound_as_their_mean():
-    """In a batch of one text with each order and each count once, per token."""
+@pytest.mark.parametrize("text", [0, 17, 58])
+def test_six_lines_are_the_bound_and_the_loss_of_an_mdm(text, monkeypatch):
+    """In a batch of one text with each order and each count once. They are the bound per
+    token, and LoMDM.loss() does the same with the same draws."""
     model = oracle.make_lomdm()
     cases = list(itertools.product(orders(4), range(4)))
     turn = torch.stack([order for order, _ in cases])
     k = torch.tensor([[k] for _, k in cases])
+    monkeypatch.setattr(lomdm, "race", lambda w: turn.argsort(1).view(w.shape))
+    monkeypatch.setattr(lomdm, "stratified_counts", lambda *shape, **how: k)
+    one = texts(4)[[text]]
+    x = one.expand(len(cases), 4)
 
-    for x in texts(4)[[0, 17, 58]]:
-        loss = run_six_lines(model, x.expand(len(cases), 4), turn, k)
-        _, jump, _ = exact(model, x[None])
-        assert loss.item() == pytest.approx(jump.item() / 4, rel=0, abs=1e-9)
+    _, bound, _ = exact(model, one)
+    loss, _ = model.loss(x)
 
-
-# ---- the members of LoMDM ----------------------------------------------------------------
+    torch.testing.assert_close(six_lines(model, x, turn, k), bound[0] / 4)
+    torch.testing.assert_close(loss, bound[0] / 4)
+    same_gradients(model, six_lines(model, x, turn, k), bound[0] / 4)
+    same_gradients(model, loss, exact(model, one)[1][0] / 4)
 
 
 @torch.no_grad()
@@ -198,9 +153,9 @@ def test_arm_is_the_chain_rule():
         z = torch.where(torch.arange(4) < i, x, model.mask_id)
         chain = chain - token_log_probs(model, z, x)[:, i]
 
+    torch.testing.assert_close(exact(model, x)[0], chain)
     torch.testing.assert_close(model.nelbo(x), chain)  # in one causal pass
     torch.testing.assert_close(model.loss(x)[0], chain.mean() / 4)
-    torch.testing.assert_close(oracle.paper_bound_by_time(model, x), chain, rtol=1e-9, atol=0)
 
 
 SCHEDULES = {  # alpha(t) and its derivative
@@ -218,6 +173,7 @@ SCHEDULES = {  # alpha(t) and its derivative
 def test_mdm_is_the_mean_over_orders_whatever_the_schedule(alpha, slope):
     model = oracle.make_lomdm()
     x = texts(4)[::5]
+    look = oracle.look_at(model, x)
     mean = 0
     for order in orders(4).tolist():
         z = torch.full_like(x, model.mask_id)
@@ -228,10 +184,11 @@ def test_mdm_is_the_mean_over_orders_whatever_the_schedule(alpha, slope):
     def rate(t):
         a = alpha(t).expand(x.shape)
         velocity = (-slope(t) / (1 - alpha(t))).expand(x.shape)
-        return oracle.rate_by_masks(model, x, a, velocity, lambda z: velocity)
+        return oracle.rate_by_masks(look, x, a, velocity, lambda w_hat: velocity)
 
     torch.testing.assert_close(exact(model, x)[1], mean)
-    torch.testing.assert_close(oracle.time_integral(rate, power=1), mean, rtol=1e-9, atol=0)
+    by_time = oracle.time_integral(rate, nodes=30, power=1)
+    torch.testing.assert_close(by_time, mean, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("L", [6, 4, 2])
@@ -241,18 +198,18 @@ def test_block_fast_path_is_the_generic_model(L):
     clean blocks and before hidden ones."""
     model = oracle.make_lomdm(L=6, block_len=2, learn_order=True)
     x = torch.randint(V, (5, L))
-    z = torch.where(torch.rand(5, L) < 0.5, model.mask_id, x)
+    hidden = torch.rand(5, L) < 0.5
 
-    h, attention = model.features(z, x)
-    log_mu = model.logits(h[:, :L]).log_softmax(-1)
-    w_hat = model.g_hat(h, *attention, rows=L if h.shape[1] > L else None)
+    token_nll, w_hat = model.predict_masked(x, hidden.view(5, -1, 2))
 
     for b in range(0, L, 2):
         here = slice(b, b + 2)
-        rest = torch.full_like(x[:, b + 2 :], model.mask_id)
-        alone = torch.cat((x[:, :b], z[:, here], rest), 1)
-        torch.testing.assert_close(log_mu[:, here], model.log_probs(alone)[:, here])
-        torch.testing.assert_close(w_hat[:, here], model.order_weights_hat(alone)[:, here])
+        later = torch.arange(L) >= b + 2
+        is_here = ~later & (torch.arange(L) >= b)
+        z = x.masked_fill(hidden & is_here | later, model.mask_id)
+        want = -token_log_probs(model, z, x)[:, here] * hidden[:, here]
+        torch.testing.assert_close(token_nll[:, b // 2], want)
+        torch.testing.assert_close(w_hat[:, b // 2], model.order_weights_hat(z)[:, here])
 
 
 @pytest.mark.parametrize("block_len", [2, 4])
@@ -264,17 +221,14 @@ def test_lomdm_contains_mdm(block_len):
     mdm = oracle.make_lomdm(block_len=block_len)
     no_c2 = oracle.make_lomdm(block_len=block_len, learn_order=True, c2=0.0)
     zero_heads = oracle.make_lomdm(block_len=block_len, learn_order=True)
-    for model in (no_c2, zero_heads):
-        model.load_state_dict(mdm.state_dict(), strict=False)
     torch.nn.init.zeros_(zero_heads.g.score.weight)
     torch.nn.init.zeros_(zero_heads.g_hat.score.weight)
 
     for model in (no_c2, zero_heads):
+        model.load_state_dict(mdm.state_dict(), strict=False)
         assert torch.equal(model.order_weights(x), torch.full((81, 4), 0.7))
-        for got, want in zip(exact(model, x), exact(mdm, x), strict=True):
-            torch.testing.assert_close(got, want)
-        got = model.nelbo(x, generator=torch.Generator().manual_seed(1))
-        want = mdm.nelbo(x, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(exact(model, x), exact(mdm, x))
+        got, want = (m.nelbo(x, 1, "jump", seeded(1)) for m in (model, mdm))
         torch.testing.assert_close(got, want)
 
 
@@ -292,40 +246,27 @@ def test_only_c2_over_c1_matters():
     doubled = oracle.make_lomdm(learn_order=True, c1=1.4, c2=1.2)
     other = oracle.make_lomdm(learn_order=True, c1=1.4, c2=0.6)
 
-    for got, want in zip(exact(one, x), exact(doubled, x), strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(exact(doubled, x), exact(one, x))
+    by_time = oracle.paper_bound_by_time(doubled, x[:9])  # twice as fast
+    torch.testing.assert_close(by_time, exact(one, x[:9])[2], rtol=1e-6, atol=0)
     assert (exact(one, x)[1] - exact(other, x)[1]).abs().max() > 1e-3
-    by_time = oracle.paper_bound_by_time(doubled, x[:9])
-    torch.testing.assert_close(by_time, exact(one, x[:9])[2], rtol=1e-7, atol=0)
 
 
 def test_race_is_plackett_luce():
     """Each order is drawn with the probability that its next place has among those left, step
-    by step. prefix_log_prob() tells this probability."""
-    w = torch.tensor([0.2, 0.5, 1.0, 2.0])
-    n = 200_000
-    every = orders(4)
-    probs = []
-    for order in every.tolist():
-        steps = [w[i] / w[order[k:]].sum() for k, i in enumerate(order)]
-        probs.append(math.prod(steps).item())
+    by step, and a place without weight comes last. prefix_log_prob() tells the probability of
+    the first k steps."""
+    w = torch.tensor([0.2, 0.5, 1.0, 2.0, 0.0])
+    every = F.pad(orders(4), (0, 1), value=4)
+    steps = [[w[i] / w[order[k:]].sum() for k, i in enumerate(order)] for order in orders(4)]
+    steps = torch.tensor(steps)  # (24, 4)
 
-    drawn = lomdm.race(w.expand(n, 4), torch.Generator().manual_seed(0))
-    log_q = lomdm.prefix_log_prob(w.expand(24, 4), every, torch.full((24,), 4))
+    drawn = lomdm.race(w.expand(100_000, 5), seeded(0))
 
-    assert oracle.fits(oracle.count(drawn, every), torch.tensor(probs))
-    torch.testing.assert_close(log_q.exp(), torch.tensor(probs))
-
-
-def test_race_without_weight():
-    """Places of weight 0 come last, and cost nothing before."""
-    drawn = lomdm.race(torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(1000, 4))
-    assert set(drawn[:, :2].flatten().tolist()) == {1, 3}
-
-    w = torch.tensor([1.0, 2.0, 0.0, 0.0])
-    order = torch.tensor([1, 0, 2, 3])
-    log_q = [lomdm.prefix_log_prob(w, order, torch.tensor(k)).item() for k in (0, 1, 2)]
-    assert log_q == pytest.approx([0, math.log(2 / 3), math.log(2 / 3)])
+    assert oracle.fits(oracle.count(drawn, every), steps.prod(1))
+    for k in range(5):
+        log_q = lomdm.prefix_log_prob(w.expand(24, 5), every, torch.full((24,), k))
+        torch.testing.assert_close(log_q, steps[:, :k].log().sum(1))
 
 
 # ---- the bounds of LoMDM, and their gradients --------------------------------------------
@@ -334,16 +275,17 @@ def test_race_without_weight():
 @every_model
 @every_length
 @torch.no_grad()
-def test_exact_below_jump_below_paper(kw, L):
+def test_lomdm_sums_to_one_and_is_below_its_bounds(kw, L):
+    """The bound over orders is the smaller one, by what it costs to guess the times. An ARM's
+    bound is its likelihood."""
     x = texts(whole_blocks(kw, L))
 
     neg_log_p, jump, paper = exact(oracle.make_lomdm(**kw), x)
 
+    assert neg_log_p.neg().exp().sum().item() == pytest.approx(1, abs=1e-12)
     assert (neg_log_p <= jump + 1e-12).all() and (jump <= paper + 1e-12).all()
-    is_learned = kw.get("learn_order", False)
-    assert ((paper - jump).max() > 0.01) == is_learned  # what the times cost, or exactly 0
-    is_arm = kw == oracle.MODELS["arm"]
-    assert ((jump - neg_log_p).max() > 0.01) != is_arm  # an ARM's bound is its likelihood
+    assert ((paper - jump).max() > 0.01) == kw.get("learn_order", False)
+    assert ((jump - neg_log_p).max() > 0.01) == (kw.get("block_len") != 1)
 
 
 @every_model
@@ -355,181 +297,127 @@ def test_paper_bound_is_the_integral_over_time(kw, L):
 
     _, _, paper = exact(model, x)
 
-    torch.testing.assert_close(oracle.paper_bound_by_time(model, x), paper, rtol=1e-7, atol=0)
+    torch.testing.assert_close(oracle.paper_bound_by_time(model, x), paper, rtol=1e-6, atol=0)
 
 
-@every_model
-@torch.no_grad()
-def test_time_form_has_the_papers_bound_as_its_mean(kw):
-    """At one time the draws of nelbo_at() average to the integrand, of which all masks are
-    listed, and the integral of that is the papers' bound (the test above)."""
-    model = oracle.make_lomdm(**kw)
-    x = texts(4)[[17]]
-    n = 20_000
-    for t in torch.tensor([0.3, 0.55, 0.9]):
-        g = torch.Generator().manual_seed(0)
-        got = sum(lomdm.nelbo_at(model, x.expand(n, 4), t.expand(n, 1), g))
-
-        error = (got.mean() - oracle.rate_at(model, x, t)).abs()
-        assert error < 4 * got.std() / math.sqrt(n) + 1e-9
-
-
-def same_gradients(model, got, want):
-    """Of two values: in the backbone and in both heads."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    got = torch.autograd.grad(got, parameters, allow_unused=True)
-    want = torch.autograd.grad(want, parameters, allow_unused=True)
-    for name, a, b in zip(names, got, want, strict=True):
-        assert a is not None and b is not None, name
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
-        assert b.abs().max() > 1e-6, f"{name} has no gradient"
-
-
-@pytest.mark.parametrize("block_len,weights", [(3, "normsig"), (3, "exp"), (2, "normsig")])
-def test_gradient_of_loss_is_that_of_the_bound(block_len, weights, monkeypatch):
-    """All draws of loss() are listed: two orders, and a count for each block. The mean of
-    their gradients is the gradient of the bound."""
-    L = 3 if block_len == 3 else 4
-    n = L // block_len
+@pytest.mark.parametrize(
+    "L,block_len,weights", [(3, 3, "normsig"), (3, 3, "exp"), (4, 2, "normsig")]
+)
+def test_loss_and_gradient_have_the_bounds_mean(L, block_len, weights, monkeypatch):
+    """All draws of loss() are listed: two orders, and a count for each block."""
     model = oracle.make_lomdm(L=L, block_len=block_len, learn_order=True, weights=weights)
     x = torch.tensor([[2, 0, 1, 1][:L]])
-    w = model.order_weights(x).view(1, n, block_len).detach()
-
-    one_block = itertools.permutations(range(block_len))
-    every = torch.tensor(list(itertools.product(one_block, repeat=n)))  # (m, n, block_len)
-    whole = torch.full((len(every), n), block_len)
-    q = lomdm.prefix_log_prob(w.expand(every.shape), every, whole).sum(1).exp()
-    counts = torch.tensor(list(itertools.product(range(block_len), repeat=n)))
-    assert q.sum().item() == pytest.approx(1)
-
-    value = loss = 0
-    for k, i, j in itertools.product(counts, range(len(every)), range(len(every))):
-        monkeypatch.setattr(lomdm, "stratified_counts", lambda *_, k=k, **how: k[None])
-        monkeypatch.setattr(lomdm, "race", lambda _, pair=every[[i, j]]: pair)
-        one_loss, metrics = model.loss(x)
-        p = q[i] * q[j] / len(counts)
-        loss = loss + p * one_loss
-        value = value + p * metrics["nelbo"]
-
     bound = exact(model, x)[1].sum() / L
+
+    def values():
+        loss, metrics = model.loss(x)
+        return loss, metrics["nelbo"]
+
+    loss, value = mean_over(list(oracle.lomdm_draws(model, x)), monkeypatch, values)
+
     torch.testing.assert_close(value, bound)
     same_gradients(model, loss, bound)
 
 
 @pytest.mark.parametrize("block_len, t", [(3, 0.3), (3, 0.8), (1, 0.5), (2, 0.6)])
-def test_by_time_has_the_gradient_of_the_papers_bound(block_len, t, monkeypatch):
-    """All draws of ByTime.loss() at one time are listed, two noisy texts. With block_len 1
-    nothing is learned about the order, and one is enough."""
+def test_time_form_has_the_papers_bound_as_its_mean(block_len, t, monkeypatch):
+    """All draws at one time are listed. Their mean is the integrand of the papers' bound, and
+    so is the mean of their gradients."""
     L = 4 if block_len == 2 else 3
-    learn_order = block_len > 1
-    model = oracle.make_lomdm(L, 0, lomdm.ByTime, block_len=block_len, learn_order=learn_order)
+    how = dict(block_len=block_len, learn_order=block_len > 1)
+    model = oracle.make_lomdm(L, 0, lomdm.ByTime, **how)
     x = texts(L)[[7]]
     t = torch.tensor([[t]])
-    K = min(block_len, L)
-    alpha, _ = lomdm.schedule(lomdm.block_clocks(t, L, K), model.order_weights(x).detach())
+    rate = oracle.rate_of(model, x)(t).sum()
 
-    value = loss = 0
-    for hidden in itertools.product(~oracle.visible_sets(L), repeat=2 if learn_order else 1):
-        hidden = torch.stack(hidden)
-        p = torch.where(hidden, 1 - alpha, alpha).prod()
-        if p == 0:  # blocks that are not at work are visible or hidden for sure
-            continue
-        drawn = torch.where(hidden, 1.0, -1.0)  # to be hidden is to be above alpha
-        monkeypatch.setattr(torch, "rand", lambda *_, drawn=drawn, **how: drawn)
-        one_loss, metrics = model.loss(x, t)
-        loss = loss + p * one_loss
-        value = value + p * metrics["nelbo"]
+    def values():
+        loss, metrics = model.loss(x, t)
+        both = x.expand(1 + model.config.learn_order, L)  # as many noisy texts as in loss()
+        nats = sum(lomdm.nelbo_at(model, both, t.expand(len(both), 1)))
+        return loss, metrics["nelbo"], nats.mean()
 
-    rate = oracle.rate_at(model, x, t).sum() / L
-    torch.testing.assert_close(value, rate)
-    same_gradients(model, loss, rate)
+    draws = list(oracle.by_time_draws(model, x, t))
+    loss, value, nats = mean_over(draws, monkeypatch, values)
+
+    torch.testing.assert_close(value, rate / L)
+    torch.testing.assert_close(nats, rate)
+    same_gradients(model, loss, rate / L)
 
 
 # ---- A3 ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("left_neighbour", [True, False])
-@pytest.mark.parametrize("n_layer", [1, 2, 3])
-def test_a3_is_the_naive_double_loop(n_layer, left_neighbour):
+@pytest.mark.parametrize("n_layer,seq_len", [(1, 5), (2, 5), (3, 9)])
+def test_a3_is_the_naive_double_loop(n_layer, seq_len, left_neighbour):
     """One pass over two streams predicts what a loop over groups, and over the positions in
     them, predicts."""
-    model = oracle.make_a3(n_layer=n_layer, left_neighbour=left_neighbour)
+    model = oracle.make_a3(seq_len, n_layer=n_layer, left_neighbour=left_neighbour)
     x = torch.randint(V, (8, 5))
-    for groups in (oracle.RAGGED, oracle.RAGGED[:2], a3.random_groups(8, 5, 1)):
-        rows = x[: len(groups)]
-        want = oracle.naive_batch(model, rows, groups)
+    for groups in (oracle.RAGGED, a3.random_groups(8, 5)):
+        want = oracle.naive_batch(model, x, groups)
 
-        got = model(rows, groups).masked_fill(groups[..., None] < 0, torch.nan)
+        got = model(x, groups).masked_fill(groups[..., None] < 0, torch.nan)
 
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, equal_nan=True)
-        log_p = want.log_softmax(-1).gather(-1, rows[..., None])[..., 0].nan_to_num(0.0)
-        torch.testing.assert_close(model.log_prob(rows, groups), log_p, rtol=0, atol=1e-10)
+        log_p = want.log_softmax(-1).gather(-1, x[..., None])[..., 0].nan_to_num(0.0)
+        torch.testing.assert_close(model.log_prob(x, groups), log_p, rtol=0, atol=1e-10)
+        mean = -log_p.sum() / (groups >= 0).sum()
+        torch.testing.assert_close(model.loss(x, groups)[0], mean)
 
 
 @pytest.mark.parametrize("visible", [[1], [0, 3], [1, 2, 4]])
 @torch.no_grad()
 def test_two_groups_are_a_masked_diffusion_step(visible):
-    """Given what is visible the rest is independent: the joint is the product of its
-    marginals. And it makes no difference whether visible tokens are given or were predicted
-    before, one by one from left to right."""
+    """Given what is visible the rest is independent: what predicts one token is the same,
+    whatever the other hidden ones are. And it makes no difference whether visible tokens are
+    given, or were predicted before, one by one from left to right."""
     model = oracle.make_a3()
     x = texts(5)
     shown = torch.zeros(5, dtype=torch.bool)
     shown[visible] = True
-    hidden = (~shown).nonzero().flatten().tolist()
 
-    log_p = model.log_prob(x, torch.where(shown, 0, 1).repeat(len(x), 1))
-    given = model.log_prob(x, torch.where(shown, -1, 1).repeat(len(x), 1))
-    before = torch.where(shown, torch.arange(5), 5).repeat(len(x), 1)
-    one_by_one = model.log_prob(x, before)
+    def probs(groups):  # of the texts that agree in what is visible, one a row
+        logits = model(x, groups.repeat(len(x), 1))[:, ~shown]
+        same = (x[:, shown] * V ** torch.arange(len(visible))).sum(1).argsort(stable=True)
+        return logits.softmax(-1)[same].unflatten(0, (V ** len(visible), -1))
 
-    torch.testing.assert_close(one_by_one[:, ~shown], given[:, ~shown], rtol=0, atol=1e-12)
-    joint = log_p[:, ~shown].sum(1).exp().view((V,) * 5)
-    product = torch.ones(())
-    for i in hidden:
-        marginal = joint.sum([j for j in hidden if j != i], keepdim=True)
-        assert (marginal.amax(visible) - marginal.amin(visible)).max() > 0.01  # it does look
-        product = product * marginal
-    torch.testing.assert_close(product, joint, rtol=0, atol=1e-12)
+    step = probs(torch.where(shown, 0, 1))
+    torch.testing.assert_close(step, step[:, :1].expand_as(step), rtol=0, atol=1e-12)
+    assert (step[0] - step[1]).abs().max() > 0.01  # it does look
+    given = probs(torch.where(shown, -1, 1))
+    one_by_one = probs(torch.where(shown, torch.arange(5), 5))
+    torch.testing.assert_close(one_by_one, given, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_adapted_arm_is_the_arm(dtype, tolerance, monkeypatch):
+def test_adapted_arm_is_the_arm(monkeypatch):
     """Left to right, for any split into given and predicted: its own log-probabilities, so its
     loss and its samples as well."""
-    arm, x = oracle.trained_arm(dtype)
-    B, L = x.shape
-    left_to_right = a3.chunk_groups(B, L)
-    model = a3.A3(a3.Config(7, L, 2, 2, 16)).eval()
+    L = 6
+    arm = oracle.make_lomdm(L, block_len=1, n_layer=3)
+    model = oracle.make_a3(L, seed=1, n_layer=3)
     model.load_arm(arm.state_dict())
-    close = dict(rtol=0, atol=tolerance)
+    x = texts(L)[::40]
+    left_to_right = a3.chunk_groups(len(x), L)
 
     want = token_log_probs(arm, x, x)
-    torch.testing.assert_close(model.log_prob(x, left_to_right), want, **close)
-    torch.testing.assert_close(model.loss(x, left_to_right)[0], arm.loss(x)[0], **close)
-    for given in range(L):  # a prompt, then one token after another
-        groups = torch.where(left_to_right < given, -1, left_to_right)
-        got = model.log_prob(x, groups)
-        torch.testing.assert_close(got[:, given:], want[:, given:], **close)
-
-    # Sampling, all logits on the way are the ARM's of what was drawn.
-    seen = []
-    keep = lambda logits, cache, x, rank, at: seen.append((logits, at))  # noqa: E731
-    oracle.spy(monkeypatch, a3.Cache, "__call__", keep)
-    for given in (0, 1, 5, L - 1):
-        seen.clear()
-        z = x.where(left_to_right < given, model.mask_id)
-        done, at = model.sample(z, generator=torch.Generator().manual_seed(0))
-
-        log_p = arm.log_probs(done)
-        steps = torch.where(left_to_right < given, -1, left_to_right - given)
-        assert torch.equal(at, steps) and len(seen) == L - given
-        for i, (logits, where) in enumerate(seen, given):
-            assert (where == i).all()
-            torch.testing.assert_close(logits[:, 0].log_softmax(-1), log_p[:, i], **close)
-
-    # An order that is not left to right is not the ARM.
+    torch.testing.assert_close(model.log_prob(x, left_to_right), want)
+    torch.testing.assert_close(model.loss(x, left_to_right)[0], arm.loss(x)[0])
     assert (model.log_prob(x, left_to_right.flip(1)) - want).abs().max() > 0.1
+
+    # Sampling behind a prompt, all logits on the way are the ARM's of what was drawn.
+    seen = []
+    oracle.spy(monkeypatch, a3.Cache, "__call__", lambda logits, *a: seen.append(logits))
+    for given in range(L):
+        seen.clear()
+        groups = torch.where(left_to_right < given, -1, left_to_right)
+        torch.testing.assert_close(model.log_prob(x, groups)[:, given:], want[:, given:])
+
+        done, at = model.sample(x.where(groups < 0, model.mask_id), generator=seeded(0))
+
+        got = torch.cat(seen, 1).log_softmax(-1)
+        torch.testing.assert_close(got, arm.log_probs(done)[:, given:])
+        assert torch.equal(at, torch.where(groups < 0, -1, groups - given))
 
 
 # ---- LoA3 --------------------------------------------------------------------------------
@@ -549,10 +437,9 @@ def test_uniform_order_is_that_of_a3():
     assert torch.allclose(log_q, log_q_hat, rtol=0, atol=1e-12)
     assert torch.allclose(log_q, -torch.arange(6, 0, -1.0).log().expand(7, 6))
 
-    g = torch.Generator()
-    order = model.order.draw(model.order.log_q_way(x), 6, g.manual_seed(3))
+    order = model.order.draw(model.order.log_q_way(x), 6, seeded(3))
     want = -model.log_prob(x, order.argsort(1)).sum(1)
-    assert torch.allclose(model.nelbo(x, generator=g.manual_seed(3)), want)
+    assert torch.allclose(model.nelbo(x, generator=seeded(3)), want)
 
 
 def test_steep_order_is_the_arm():
@@ -562,19 +449,26 @@ def test_steep_order_is_the_arm():
     torch.nn.init.constant_(model.order.log_weight_steps, 50.0)
 
     assert torch.allclose(model.nelbo(x), arm.nelbo(x), atol=1e-9)
-    _, at = model.sample(torch.full((3, 6), 5), generator=torch.Generator().manual_seed(0))
+    _, at = model.sample(torch.full((3, 6), 5), generator=seeded(0))
     assert torch.equal(at, torch.arange(6).expand(3, 6))
 
 
-def test_loa3_bound_is_the_likelihood_and_what_q_does_not_know():
-    """The bound is -log p(x) + KL(q(order | x) || p(order | x)), text by text."""
-    log_p, log_q_hat, log_q = oracle.listed(oracle.make_loa3(), texts(4))
-    q = log_q.exp()
+@pytest.mark.parametrize("random_share", [0.0, 0.2])
+def test_loa3_loss_and_gradient_have_the_bounds_mean(random_share, monkeypatch):
+    """All draws of loss() are listed: pairs of orders of two texts. nelbo() has that mean, and
+    is more than -log p."""
+    model = oracle.make_loa3(3, seed=1, vocab_size=2, random_share=random_share)
+    x = torch.tensor([[0, 1, 1], [0, 0, 0]])
+    neg_log_p, bound = bounds(*oracle.list_loa3(model, x))
 
-    neg_log_p = -(log_p + log_q_hat).logsumexp(1)
-    bound = (q * (log_q - log_q_hat - log_p)).sum(1)
-    posterior = log_p + log_q_hat + neg_log_p[:, None]
-    gap = (q * (log_q - posterior)).sum(1)
+    def values():
+        loss, metrics = model.loss(x)
+        return loss, metrics["nelbo"], model.nelbo(x)
 
-    assert torch.allclose(bound - neg_log_p, gap, atol=1e-10)
-    assert (gap > 1e-3).all()
+    draws = list(oracle.loa3_draws(model, x))
+    loss, value, nelbo = mean_over(draws, monkeypatch, values)
+
+    torch.testing.assert_close(nelbo, bound.detach())
+    torch.testing.assert_close(value, bound.mean().detach() / 3)
+    assert (neg_log_p < bound).all()
+    same_gradients(model, loss, bound.mean() / 3)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from oracle import V, chi_square, count, fits, make_a3, spy, texts
+from oracle import V, count, fits, make_a3, seeded, spy, texts
 
 import a3
 from a3 import chunk_groups, random_groups
@@ -15,37 +15,36 @@ from beyond.speculative import generate_speculative
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-L = 5
+L = 4
 ORDERS = {
-    "left to right": [0, 1, 2, 3, 4],
-    "another order": [3, 0, 4, 1, 2],
-    "around what is given": [-1, 2, 0, -1, 5],
-    "given in its own order": [2, -1, 1, 0, -7],
+    "left to right": [0, 1, 2, 3],
+    "another order": [3, 0, 2, 1],
+    "around what is given": [2, -1, 0, 5],
+    "given in its own order": [1, -1, 0, -7],
 }
 
 
-def exact(model, x, groups):
-    """All ways to fill the gaps of x (L,), and p of each."""
+def check_fit(model, order, drafts, n=8000):
+    """Do samples around given tokens follow p(x | given)? All fillings are listed."""
+    groups = torch.tensor(ORDERS[order])
+    x = torch.tensor([1, 0, 2, 2])
     every = texts(L)
     every = every[(every == x)[:, groups < 0].all(1)]
-    return every, model.log_prob(every, groups.expand_as(every)).sum(1).exp()
+    p = model.log_prob(every, groups.expand_as(every)).sum(1).exp()
+
+    many, groups = x.repeat(n, 1), groups.expand(n, L)
+    y, calls = generate_speculative(model, many, groups, drafts, generator=seeded(drafts))
+
+    assert fits(count(y, every), p)
+    assert 1 <= calls <= (groups[0] >= 0).sum()
+    return every, y
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("drafts", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("drafts", [1, 2, 4])
 @torch.no_grad()
 def test_samples_fit_p(order, drafts):
-    model = make_a3()
-    groups = torch.tensor(ORDERS[order])
-    x = torch.tensor([1, 0, 2, 2, 1])
-    every, p = exact(model, x, groups)
-
-    many = x.repeat(10_000, 1)
-    g = torch.Generator().manual_seed(drafts)
-    y, calls = generate_speculative(model, many, groups.expand_as(many), drafts, generator=g)
-
-    assert fits(count(y, every), p)
-    assert 1 <= calls <= (groups >= 0).sum()
+    check_fit(make_a3(L), order, drafts)
 
 
 @pytest.mark.parametrize("left_neighbour", [True, False])
@@ -54,31 +53,24 @@ def test_samples_fit_p_whatever_the_drafts(left_neighbour, monkeypatch):
     """Drafts from another distribution, far from that of the model: all queries but the first
     of each family are made bad on purpose."""
     model = make_a3(left_neighbour=left_neighbour)
-    groups = torch.tensor(ORDERS["another order"])
     real = a3.Cache.step
-    k = 3
 
     def bad(*a):
-        logits = real(*a).unflatten(1, (-1, k)).clone()  # (B, n, k, V)
+        logits = real(*a).unflatten(1, (-1, 3)).clone()  # (B, n, 3, V)
         logits[:, :, 1:] = torch.tensor([3.0, 0.0, -3.0])
         return logits.flatten(1, 2)
 
     monkeypatch.setattr(a3.Cache, "step", bad)
-    every, p = exact(model, torch.zeros(L).long(), groups)
-    x = torch.zeros(20_000, L).long()
-    g = torch.Generator().manual_seed(1)
-    y, _ = generate_speculative(model, x, groups.expand_as(x), k, generator=g)
-
-    assert fits(count(y, every), p)
-    uniform = torch.full_like(p, 1 / len(p))
-    assert chi_square(count(y, every), uniform) > 20, "a test that can fail"
+    every, y = check_fit(model, "another order", 3, n=10_000)
+    uniform = torch.full((len(every),), 1 / len(every))
+    assert not fits(count(y, every), uniform), "a test that can fail"
 
 
 @torch.no_grad()
 def test_every_prediction_is_that_of_forward(monkeypatch):
     """Each call's logits, for each number of tokens that a query may see, are forward's on
     them."""
-    model = make_a3()
+    model = make_a3(L)
     groups = torch.tensor(list(ORDERS.values()))
     order = a3.ranks(groups).argsort(1)
     x = torch.randint(V, (4, L))
@@ -107,8 +99,8 @@ def test_every_prediction_is_that_of_forward(monkeypatch):
 
     spy(monkeypatch, a3.Cache, "step", check)
     monkeypatch.setattr(torch.Tensor, "scatter_", keep)
-    generate_speculative(model, x, groups, 3, generator=torch.Generator().manual_seed(0))
-    assert len(seen) > 40 and set(seen) == set(range(L))
+    generate_speculative(model, x, groups, 3, generator=seeded(0))
+    assert len(seen) > 20 and set(seen) == set(range(L))
 
 
 @torch.no_grad()
@@ -134,50 +126,33 @@ def test_good_drafts_save_calls():
     model = make_a3(L=12)
     torch.nn.init.zeros_(model.lm_head.weight)
     x = torch.zeros(3, 12).long()
-    for drafts in (1, 2, 3, 4, 12):
+    for drafts in (1, 3, 12):
         _, calls = generate_speculative(model, x, random_groups(3, 12), drafts)
         assert calls == 1 + math.ceil(11 / drafts)
     y, calls = generate_speculative(model, x, torch.full_like(x, -1))
     assert calls == 0 and torch.equal(y, x)
 
 
-def test_errors():
-    model = make_a3()
+@pytest.mark.parametrize("how", [dict(temperature=0.5), dict(top_k=2), dict(top_p=0.6)])
+@torch.no_grad()
+def test_drafts_of_the_likely(how):
+    """Every token is drawn from what temperature, top_k and top_p make of p."""
+    model = make_a3(L)
+    groups = torch.tensor(ORDERS["another order"])
+    every = texts(L)
+    steps = a3.probabilities(model(every, groups.expand_as(every)), **how)  # (81, L, V)
+    p = steps.gather(2, every[..., None]).prod(1)[:, 0]
+
+    x = torch.zeros(8000, L).long()
+    y, _ = generate_speculative(model, x, groups.expand_as(x), 3, generator=seeded(1), **how)
+    assert fits(count(y, every), p)
+
+
+def test_bad_calls():
+    model = make_a3(L)
     x = torch.zeros(2, L).long()
     for groups, drafts in ((chunk_groups(2, L, 2), 4), (chunk_groups(2, L), 0)):
         with pytest.raises(ValueError, match="every group one token"):
             generate_speculative(model, x, groups, drafts)
     with pytest.raises(ValueError, match="must both be"):
         generate_speculative(model, x, chunk_groups(2, L - 1))
-
-
-def by_hand(p, temperature=1.0, top_k=None, top_p=1.0):
-    """A distribution, a list: sharpened; then its likeliest until they have top_p."""
-    p = [q ** (1 / temperature) for q in p]
-    p = [q / sum(p) for q in p]
-    kept = [0.0] * len(p)
-    for i in sorted(range(len(p)), key=lambda i: -p[i])[:top_k]:
-        if sum(kept) < top_p:
-            kept[i] = p[i]
-    return [q / sum(kept) for q in kept]
-
-
-@pytest.mark.parametrize("drafts", [1, 3])
-@pytest.mark.parametrize("how", [dict(temperature=0.5), dict(top_k=2), dict(top_p=0.6)])
-@torch.no_grad()
-def test_drafts_of_the_likely(how, drafts):
-    """Drafted or not, every token is drawn from what temperature, top_k and top_p make of
-    p."""
-    model = make_a3()
-    groups = torch.tensor(ORDERS["another order"])
-    every = texts(L)
-    p = []
-    probs = model(every, groups.expand_as(every)).softmax(-1)
-    for row, each in zip(every, probs, strict=True):
-        steps = [by_hand(q.tolist(), **how)[token] for q, token in zip(each, row, strict=True)]
-        p.append(math.prod(steps))
-
-    x = torch.zeros(10_000, L).long()
-    g = torch.Generator().manual_seed(1)
-    y, _ = generate_speculative(model, x, groups.expand_as(x), drafts, generator=g, **how)
-    assert fits(count(y, every), torch.tensor(p))
