@@ -5,7 +5,7 @@ A GPT predicts the tokens of a text from left to right. A masked diffusion model
 some tokens and learns to fill them in, so it can write in any order. This is its whole
 training step, for texts x (B, L) and a transformer without causal mask:
 
-    turn = torch.rand(B, L).argsort(1)  # a random order: position i comes as number turn[i]
+    turn = torch.rand(B, L).argsort(1)  # a random order: turn[i] is the turn of position i
     k = torch.randint(L, (B, 1))  # stop this order after k tokens
     hidden = turn >= k  # (B, L): what comes later is hidden
     logits = model(x.masked_fill(hidden, mask_id))  # (B, L, V): a guess at every position

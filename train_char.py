@@ -140,7 +140,7 @@ class Settings:
     # and a help text that says [x] says what it then is.
     #     least, below   the range of a number
     #     only           the models that it is for
-    #     follows        named in --help as what the default depends on
+    #     follows        the flag that it is settled by anew, if --resume changes that one
     #     resume         whether --resume may change it
     model: str = flag("lomdm", "what to train", TO_TRAIN)
     preset: str | None = flag(None, "small on CPU and MPS, base on CUDA", tuple(PRESETS))
@@ -377,7 +377,7 @@ def validate(s, step, model, corpus, device, saved_at):
 
 
 def train(s, device, corpus, model, ckpt, about):
-    """Up to max_iters, from ckpt if there is one. Ctrl-C, SIGTERM and SIGHUP stop it between
+    """Up to max_iters, from ckpt if there is one. Ctrl-C and SIGTERM stop it between
     two steps, all saved. about: what else checkpoints hold. Returns steps and seconds in
     all."""
     out = Path(s.out_dir)

@@ -28,6 +28,7 @@ def decoder_log_prob(model, x, by="left", per_step=1):
     need(not is_random, f"by {by!r} takes other steps each time; nelbo() bounds their mean")
 
     if not is_a3:
+        by = "left" if by == "order" and not model.config.learn_order else by  # blocks of one
         return walk_blocks(model, x, by, per_step)
     has_order = by != "order" or isinstance(model, loa3.LoA3)
     need(has_order, "by 'order' is for LoMDM and LoA3: this model has not learned one")

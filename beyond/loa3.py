@@ -207,6 +207,7 @@ class LoA3(a3.A3):
         order."""
         if by != "order":
             return super().sample(z, temperature, top_k, per_step, by, **how)
+        self.check(z)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         groups = self.draw_groups(z, per_step, how.get("generator"))
         x, revealed_at = self.decode(z, groups, per_step, "left", temperature, top_k, **how)

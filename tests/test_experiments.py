@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import lomdm
+import plumbing.films
 import train_char
 from beyond.decoders import decoder_log_prob
 from experiments import bench, evidence, films, speed
 from experiments.runs import Run, mean_error
-from plumbing import data
 from plumbing.cli import UserError
 
 
@@ -147,8 +147,7 @@ def test_noise_of_a_known_gradient():
 @pytest.mark.parametrize("both", [False, True])
 def test_films_are_checked(both):
     """What the data are is right; a wrong cell, mark or length is not."""
-    train, _ = data.automaton(None, both).parts()
-    for _, film in itertools.islice(train(), 20):
+    for film in plumbing.films.films(20, 1, both):
         assert films.follows_the_rule(film) and not films.follows_the_rule(film[:-3])
         rows = film.splitlines()
         last = rows[-1] if film[0] == "v" else rows[0]  # in time

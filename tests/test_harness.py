@@ -215,7 +215,7 @@ def test_a_task_of_ones_own(folder, questions, hf, capsys, monkeypatch):
     [
         ("--tasks nonsense", "there is no task nonsense"),
         ("--tasks a --limit 0", "--limit must be at least 1"),
-        ("--tasks a --device cpu:9", "there is none here"),
+        ("--tasks a --device cuda:99", "there is none here"),
         ("--tasks=", "--tasks is empty"),
     ],
 )

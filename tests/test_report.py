@@ -106,6 +106,7 @@ def test_what_readme_shows_was_drawn():
     assert len(strips) == 4 and set(strips) <= printed
     (film,) = (block for block in others if block.startswith("film "))
     _, *rows = film.splitlines()
+    printed |= {word[:16] for word in printed}  # the digit of a line end is left out
     assert len(rows) == 4 and {word for row in rows for word in row.split()} <= printed
 
 
