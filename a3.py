@@ -83,6 +83,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
+    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
     left_neighbour: bool = True  # False: all queries begin as one vector, as in the paper
 
     def __post_init__(self):
@@ -94,6 +95,7 @@ class Config:
         C, H = self.n_embd, self.n_head
         even = f"n_embd ({C}) must be divisible by n_head ({H}), with even quotient"
         need(C % (2 * H) == 0, even)
+        need(0 <= self.local_heads <= 1, f"local_heads must be in [0, 1], not {self.local_heads}")
         need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
 
 
@@ -161,7 +163,7 @@ CAUSAL = "causal"  # a mask that need not be built: row i sees the columns 0 .. 
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, each on a normalised copy of the residual stream, no biases.
+    """Attention and a gated MLP, each on a normalised copy of the residual stream.
     The parameters have the names and shapes of an ARM's in lomdm.py."""
 
     def __init__(self, config):
@@ -171,23 +173,46 @@ class Block(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.qkv = nn.Linear(C, 3 * C)  # its bias: see look_at()
         self.proj = nn.Linear(C, C, bias=False)
         self.norm2 = nn.RMSNorm(C, eps=1e-5)
         self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, C, bias=False)
 
+    def look_at(self, distances):
+        """Let the first heads begin by looking at neighbours, one head for each of distances.
+
+        At first attention looks everywhere, and a [MASK] carries nothing of what is beside it.
+        So a model has to discover that neighbours matter, and for hundreds of steps it knows
+        only how frequent characters are. Biases of q and k can tell it: for k the vector (c, ..,
+        c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
+        turns by f_j radians a position, so the product of the two begins as
+
+            c^2 sum_j cos(f_j (distance of key and query - d))
+
+        which is largest at the distance d. With c = 5 and 32 channels a head, a key there
+        weighs e^3 times one beside it. It is only the beginning: training may move it. The
+        other heads begin without, and find what is far."""
+        bias = self.qkv.bias.view(3, self.n_head, -1)  # of q, k and v
+        D = bias.shape[-1]
+        k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
+        for head, d in enumerate(distances):
+            cos, sin = rotary_tables(torch.tensor(d), D)
+            with torch.no_grad():
+                bias[0, head] = rotate(k, cos, sin)
+                bias[1, head] = k
+
     def queries(self, u, rotary):
         """What a stream asks with, for u = norm1(h) (B, T, C): (B, n_head, T, head_dim)."""
         C = u.shape[-1]
-        q = F.linear(u, self.qkv.weight[:C])
+        q = F.linear(u, self.qkv.weight[:C], self.qkv.bias[:C])
         return rotate(self.heads(q), *rotary)
 
     def keys_values(self, u, rotary):
         """What the content answers with, for u = norm1(h) (B, n, C): k and v, each (B, n_head,
         n, head_dim)."""
         C = u.shape[-1]
-        k, v = F.linear(u, self.qkv.weight[C:]).chunk(2, dim=-1)
+        k, v = F.linear(u, self.qkv.weight[C:], self.qkv.bias[C:]).chunk(2, dim=-1)
         return rotate(self.heads(k), *rotary), self.heads(v)
 
     def heads(self, q):
@@ -246,6 +271,14 @@ class A3(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2 or name == "query":
                 nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+        # Token i is in slot i + 1, and its query in slot i. So what is beside it, at -1 and 1,
+        # is 0 and 2 slots away.
+        n = round(config.local_heads * config.n_head)
+        for block in self.blocks:
+            block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])
 
     def check(self, x, groups=None):
         L, most = x.shape[-1] if x.ndim else 0, self.config.seq_len

@@ -80,6 +80,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
+    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
     block_len: int | None = None  # None means seq_len: one block
     learn_order: bool = False
     weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order
@@ -106,6 +107,7 @@ class Config:
         need(c1 > c2 >= 0, f"c1 ({c1}) must be above c2 ({c2}), and c2 not negative")
         kinds = ("normsig", "exp")
         need(self.weights in kinds, f"weights must be one of {kinds}, not {self.weights!r}")
+        need(0 <= self.local_heads <= 1, f"local_heads must be in [0, 1], not {self.local_heads}")
         need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
 
 
@@ -138,8 +140,7 @@ CAUSAL = "causal"  # a mask that need not be built: each place sees itself and t
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, each on a normalised copy of the residual stream h, no
-    biases."""
+    """Attention and a gated MLP, each on a normalised copy of the residual stream h."""
 
     def __init__(self, config, dropout):
         super().__init__()
@@ -148,7 +149,7 @@ class Block(nn.Module):
         self.n_head = config.n_head
         self.dropout = dropout
         self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.qkv = nn.Linear(C, 3 * C)  # its bias: see look_at()
         self.proj = nn.Linear(C, C, bias=False)
         self.norm2 = nn.RMSNorm(C, eps=1e-5)
         self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
@@ -163,6 +164,29 @@ class Block(nn.Module):
         if rows is not None:
             return self.attend(h[:, :rows], q[:, :, :rows], k, v, mask[:rows])
         return self.attend(h, q, k, v, mask)
+
+    def look_at(self, distances):
+        """Let the first heads begin by looking at neighbours, one head for each of distances.
+
+        At first attention looks everywhere, and a [MASK] carries nothing of what is beside it.
+        So a model has to discover that neighbours matter, and for hundreds of steps it knows
+        only how frequent characters are. Biases of q and k can tell it: for k the vector (c, ..,
+        c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
+        turns by f_j radians a position, so the product of the two begins as
+
+            c^2 sum_j cos(f_j (distance of key and query - d))
+
+        which is largest at the distance d. With c = 5 and 32 channels a head, a key there
+        weighs e^3 times one beside it. It is only the beginning: training may move it. The
+        other heads begin without, and find what is far."""
+        bias = self.qkv.bias.view(3, self.n_head, -1)  # of q, k and v
+        D = bias.shape[-1]
+        k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
+        for head, d in enumerate(distances):
+            cos, sin = rotary_tables(torch.tensor(d), D)
+            with torch.no_grad():
+                bias[0, head] = rotate(k, cos, sin)
+                bias[1, head] = k
 
     def project(self, h, rotary):
         """Queries, keys and values of h (B, T, C): (B, n_head, T, head_dim) each."""
@@ -340,6 +364,19 @@ class LoMDM(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+        # An ARM's place i holds token i - 1 itself, and sees what is before. In other models it
+        # holds token i, and sees both sides.
+        n = round(config.local_heads * config.n_head)
+        if config.block_len == 1:
+            distances = [-i for i in range(n)]
+        else:
+            distances = [i // 2 + 1 if i % 2 else -(i // 2) - 1 for i in range(n)]
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.look_at(distances)
 
     def check(self, x):
         L = x.shape[-1] if x.ndim else 0

@@ -340,7 +340,8 @@ def naive(model, x, groups):
         return torch.cat((z.real, z.imag), 1)
 
     def ask(block, h, slot):
-        q, k, v = (block.qkv.weight @ norm(block.norm1, h)).view(3, heads, d)
+        qkv = block.qkv.weight @ norm(block.norm1, h) + block.qkv.bias
+        q, k, v = qkv.view(3, heads, d)
         return turn(q, slot), turn(k, slot), v
 
     def attend(block, h, q, seen):

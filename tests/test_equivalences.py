@@ -284,8 +284,8 @@ def test_lomdm_sums_to_one_and_is_below_its_bounds(kw, L):
 
     assert neg_log_p.neg().exp().sum().item() == pytest.approx(1, abs=1e-12)
     assert (neg_log_p <= jump + 1e-12).all() and (jump <= paper + 1e-12).all()
-    assert ((paper - jump).max() > 0.01) == kw.get("learn_order", False)
-    assert ((jump - neg_log_p).max() > 0.01) == (kw.get("block_len") != 1)
+    assert ((paper - jump).max() > 1e-3) == kw.get("learn_order", False)
+    assert ((jump - neg_log_p).max() > 1e-3) == (kw.get("block_len") != 1)
 
 
 @every_model

@@ -250,7 +250,7 @@ def test_presets(work, monkeypatch):
     with torch.device("meta"):
         model = train_char.new_model(s, 50257)
     blocks = sum(p.numel() for p in model.blocks.parameters())
-    assert blocks == 12 * (768 * 768 * 4 + 3 * 768 * 2048 + 2 * 768)
+    assert blocks == 12 * (768 * 768 * 4 + 3 * 768 * 2048 + 2 * 768 + 3 * 768)
 
     films = data.films
     monkeypatch.setattr(data, "films", lambda n, *how: films(n // 100, *how))
@@ -447,7 +447,7 @@ def test_two_processes_do_what_one_does(work, model):
     assert figures("one", "grad_norm") == pytest.approx(norms, rel=1e-4) and len(norms) == 4
     for a, b in zip(*(c["optimizer"]["state"].values() for c in (one, two)), strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
-            close = {"rtol": 1e-3, "atol": 1e-5 * float(a[key].max())}
+            close = {"rtol": 1e-3, "atol": 1e-4 * float(a[key].max())}
             torch.testing.assert_close(a[key], b[key], **close)
 
     # One process with a single micro-batch has other gradients.
