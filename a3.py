@@ -83,7 +83,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
+    local_heads: float = 0.0  # this share of the heads begins by looking at a neighbour
     left_neighbour: bool = True  # False: all queries begin as one vector, as in the paper
 
     def __post_init__(self):
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = nn.Linear(C, 3 * C)  # its bias: see look_at()
+        self.qkv = nn.Linear(C, 3 * C, bias=config.local_heads > 0)  # see look_at()
         self.proj = nn.Linear(C, C, bias=False)
         self.norm2 = nn.RMSNorm(C, eps=1e-5)
         self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
@@ -205,19 +205,21 @@ class Block(nn.Module):
     def queries(self, u, rotary):
         """What a stream asks with, for u = norm1(h) (B, T, C): (B, n_head, T, head_dim)."""
         C = u.shape[-1]
-        q = F.linear(u, self.qkv.weight[:C], self.qkv.bias[:C])
-        return rotate(self.heads(q), *rotary)
+        return rotate(self.project(u, slice(0, C)), *rotary)
 
     def keys_values(self, u, rotary):
         """What the content answers with, for u = norm1(h) (B, n, C): k and v, each (B, n_head,
         n, head_dim)."""
         C = u.shape[-1]
-        k, v = F.linear(u, self.qkv.weight[C:], self.qkv.bias[C:]).chunk(2, dim=-1)
-        return rotate(self.heads(k), *rotary), self.heads(v)
+        k, v = self.project(u, slice(C, 3 * C)).chunk(2, dim=1)
+        return rotate(k, *rotary), v
 
-    def heads(self, q):
-        """(B, T, C) -> (B, n_head, T, head_dim)"""
-        return q.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+    def project(self, u, rows):
+        """Some rows of the matrix qkv applied to u (B, T, C): (B, heads, T, head_dim)."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        u = F.linear(u, self.qkv.weight[rows], bias)
+        head_dim = self.proj.in_features // self.n_head
+        return u.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # a view for each head
 
     def attend(self, h, q, k, v, mask):
         """The rest of the block for a stream h (B, T, C) that asks q. mask: CAUSAL, or a table
@@ -277,7 +279,7 @@ class A3(nn.Module):
         # Token i is in slot i + 1, and its query in slot i. So what is beside it, at -1 and 1,
         # is 0 and 2 slots away.
         n = round(config.local_heads * config.n_head)
-        for block in self.blocks:
+        for block in self.blocks if n > 0 else ():
             block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])
 
     def check(self, x, groups=None):

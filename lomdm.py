@@ -80,7 +80,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
+    local_heads: float = 0.0  # this share of the heads begins by looking at a neighbour
     block_len: int | None = None  # None means seq_len: one block
     learn_order: bool = False
     weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.n_head = config.n_head
         self.dropout = dropout
         self.norm1 = nn.RMSNorm(C, eps=1e-5)
-        self.qkv = nn.Linear(C, 3 * C)  # its bias: see look_at()
+        self.qkv = nn.Linear(C, 3 * C, bias=config.local_heads > 0)  # see look_at()
         self.proj = nn.Linear(C, C, bias=False)
         self.norm2 = nn.RMSNorm(C, eps=1e-5)
         self.gate_up = nn.Linear(C, 2 * hidden, bias=False)
@@ -375,7 +375,7 @@ class LoMDM(nn.Module):
         else:
             distances = [i // 2 + 1 if i % 2 else -(i // 2) - 1 for i in range(n)]
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block) and n > 0:
                 module.look_at(distances)
 
     def check(self, x):

@@ -158,7 +158,7 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    local_heads: float = flag(0.5, "share of the heads that begin at a neighbour", least=0)
+    local_heads: float = flag(0.0, "share of heads that begin at a neighbour; try 0.5", least=0)
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: the ARM's, or 0]")
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)

@@ -27,7 +27,6 @@ from a3 import need
 class Config(a3.Config):
     """What members of the family have otherwise than a3.py's network."""
 
-    local_heads: float = 0.0  # a trained model has found out what to look at
     start_id: int | None = None  # BOS; None: a token on top of the others, with the id vocab_size
     n_kv_head: int | None = None  # fewer heads for keys and values, each for several queries
     head_dim: int | None = None  # None: n_embd / n_head
@@ -86,13 +85,6 @@ class Block(a3.Block):
         rows = slice(self.proj.in_features, None)
         k, v = self.project(u, rows).chunk(2, dim=1)
         return a3.rotate(self.k_norm(k), *rotary), v
-
-    def project(self, u, rows):
-        """Some rows of the matrix qkv applied to u (B, T, C): (B, heads, T, head_dim)."""
-        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        u = nn.functional.linear(u, self.qkv.weight[rows], bias)
-        head_dim = self.proj.in_features // self.n_head
-        return u.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
     def attend(self, h, q, k, v, mask):
         # The cache holds few heads. Here each is repeated for the queries that share it.

@@ -340,7 +340,8 @@ def naive(model, x, groups):
         return torch.cat((z.real, z.imag), 1)
 
     def ask(block, h, slot):
-        qkv = block.qkv.weight @ norm(block.norm1, h) + block.qkv.bias
+        bias = 0 if block.qkv.bias is None else block.qkv.bias
+        qkv = block.qkv.weight @ norm(block.norm1, h) + bias
         q, k, v = qkv.view(3, heads, d)
         return turn(q, slot), turn(k, slot), v
 
