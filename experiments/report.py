@@ -51,6 +51,12 @@ LABELS = {
     "loa3": "LoA3",
     "share01": "LoA3, a tenth in random order",
     "share03": "LoA3, three tenths in random order",
+    "arm_local": "ARM, local heads",
+    "mdm_local": "MDM, local heads",
+    "lomdm_local": "LoMDM, local heads",
+    "lomdm_exp_local": "LoMDM, steep weights, local heads",
+    "a3_local": "A3, local heads",
+    "loa3_local": "LoA3, local heads",
     "smol0": "SmolLM2 as an A3, before",
     "smol": "SmolLM2 as an A3, after",
 }
@@ -58,7 +64,7 @@ LABELS = {
 
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, _time, the seed."""
-    name = re.sub(r"^((fresh|film|both|long|base|gpt2)_)+", "", name)
+    name = re.sub(r"^((fresh|early|film|both|long|base|gpt2)_)+", "", name)
     for end in (r"_s\d+$", "(?<!by)_time$"):
         name = re.sub(end, "", name)
     return LABELS.get(name, name)
