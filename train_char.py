@@ -91,12 +91,12 @@ SMALL = {  # nanoGPT's laptop size
     "seq_len": 64,
     "dropout": 0.0,
     "batch_size": 16,
-    "max_iters": 500,
+    "max_iters": 400,
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "beta2": 0.99,
     "warmup_iters": 100,
-    "eval_interval": 250,
+    "eval_interval": 200,
 }
 FILM = {  # films of a cellular automaton, last moment first
     "data": "automaton",
