@@ -1,8 +1,8 @@
 """
 The command line: flags from a dataclass, and one line for whatever the user can mend.
 
-A Settings class is a dataclass with one flag() a field. parse() reads the flags that were given,
-check() tells what is out of range, and run() calls a script's main().
+A Settings class is a dataclass with one flag() a field. parse() reads the flags that were
+given, check() tells what is out of range, and run() calls a script's main().
 """
 
 import argparse
@@ -18,15 +18,15 @@ from typing import get_args
 import torch
 
 
-# ---- mistakes ------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------
 class UserError(Exception):
     """Something the user can mend. Its message is all that is printed; the exit code is 1."""
 
 
 class Stopped(BaseException):
-    """A clean end because a signal asked for it: Stopped(message, signal number), or without the
-    number if it came to another process. Like KeyboardInterrupt it is no Exception: it may come
-    anywhere, and nothing shall swallow it."""
+    """A clean end because a signal asked for it: Stopped(message, signal number), or
+    without the number if it came to another process. Like KeyboardInterrupt it is no
+    Exception: it may come anywhere, and nothing shall swallow it."""
 
 
 def need(condition, message):
@@ -50,18 +50,15 @@ def one_line(*kinds):
 
 
 def refuse_nan(numbers, step, saved_at):
-    """UserError if one of the numbers, of this step and those after it, is not finite. saved_at is
-    the step of the last checkpoint, or 0."""
-    bad = [at for at, number in enumerate(numbers, step) if not math.isfinite(number)]
-    last = f"out_dir's last.pt (step {saved_at}); --resume with" if saved_at else "none yet; try"
-    need(
-        not bad,
-        f"the loss or its gradient is not finite at step {min(bad, default=0)}; last good "
-        f"checkpoint: {last} a lower --learning_rate",
-    )
+    """UserError unless the numbers, of this step and those after it, are finite. saved_at
+    is the step of the last checkpoint, or 0."""
+    how = f"go on from step {saved_at} with --resume and" if saved_at else "begin again with"
+    for at, number in enumerate(numbers, step):
+        finite = math.isfinite(number)
+        need(finite, f"the loss is not finite at step {at}; {how} a lower --learning_rate")
 
 
-# ---- the way out ---------------------------------------------------------------------------------
+# ---- the way out ---------------------------------------------------------------------------
 def run(main):
     """Call main() as a script, without a traceback for what is not a defect of the script."""
     for stream in (sys.stdout, sys.stderr):
@@ -82,11 +79,11 @@ def run(main):
 
 
 def explain(e):
-    """The line to print for an exception; None if it is a defect, which deserves its traceback."""
+    """The line to print for an exception; None if it is a defect, which deserves its
+    traceback."""
     if isinstance(e, UserError):
         # Of several processes on a machine, one speaks.
-        silent = "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        return "" if silent else f"error: {e}"
+        return f"error: {e}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
 
     # With `python script.py | head`, nobody reads on, and that is fine.
     if isinstance(e, BrokenPipeError):
@@ -95,12 +92,12 @@ def explain(e):
         return f"error: {e}"
 
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        first = next(iter(str(e).splitlines()), type(e).__name__)
+        first = str(e).partition("\n")[0]
         return f"error: torch.compile failed ({first}); --compile=False goes without it"
 
     # torch says so in many ways, of which few have a class of their own.
-    full = any(word in str(e).lower() for word in ("alloc", "out of memory"))
-    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and full):
+    full = isinstance(e, RuntimeError) and ("alloc" in str(e) or "out of memory" in str(e))
+    if full or isinstance(e, MemoryError):
         return "error: not enough memory; take a smaller model, batch or number of samples"
     return None
 
@@ -113,14 +110,14 @@ def leave(line, code):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if line:
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr)
+        print(line, file=sys.stderr)
     sys.exit(code)
 
 
-# ---- flags ---------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake costs one line instead of the whole usage; the exit code is 2."""
+    """argparse, but a mistake costs one line instead of the whole usage; the exit code is
+    2."""
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -129,16 +126,15 @@ class Parser(argparse.ArgumentParser):
 def flag(
     default, help, choices=None, least=None, below=None, only=None, resume=False, follows=None
 ):
-    """A field that is a flag. least <= value < below; only: the models that it is for, "a b";
-    resume: it may change when a run goes on; follows: the flag that settles it anew by changing."""
+    """A field that is a flag. least <= value < below; only: the models that it is for, "a
+    b"; resume: it may change when a run goes on; follows: the flag that settles it anew by
+    changing."""
     rules = dict(least=least, below=below, only=only, resume=resume, follows=follows)
     return field(default=default, metadata=dict(help=help, choices=choices, **rules))
 
 
 def truth(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def floats(text):
@@ -147,7 +143,7 @@ def floats(text):
 
 def parse(Settings, argv, description, presets=None):
     """The flags given, {name: value}: only those, so that --resume knows what was asked for.
-    presets, {name: {flag: value}}, are listed by --help. UserError for an empty value."""
+    presets, {name: {flag: value}}, are listed by --help."""
     epilog = [
         f"--preset {name}:  " + "  ".join(f"{flag} {value}" for flag, value in preset.items())
         for name, preset in (presets or {}).items()
@@ -159,22 +155,22 @@ def parse(Settings, argv, description, presets=None):
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+
     for f in fields(Settings):
         kind = (get_args(f.type) or [f.type])[0]  # of int | None, it is int
         how = dict(type=kind, choices=f.metadata["choices"])
-        if kind is bool:  # --compile, --compile True, --compile=False
-            how = dict(type=truth, nargs="?", const=True, metavar="BOOL")
+        if kind is bool:  # --compile, --compile=False
+            how = dict(type=truth, nargs="?", const=True, choices=(True, False))
         if kind is tuple:
             how = dict(type=floats, metavar="A,B,..")
 
-        default = ",".join(map(str, f.default)) if kind is tuple else f.default
-        default = "" if default is None else f" [{default}]"
+        default = "" if f.default is None else f" [{f.default}]"
         only = f"{f.metadata['only']}: " if f.metadata["only"] else ""
         text = f"{only}{f.metadata['help']}{default}".replace("%", "%%")
         parser.add_argument(f"--{f.name}", help=text, **how)
+    given = vars(parser.parse_args(argv))
 
     # An empty value comes from a shell variable that is not set, as a rule.
-    given = vars(parser.parse_args(argv))
     for name, value in given.items():
         need(value != "", f"--{name} is empty")
     return given
@@ -186,15 +182,12 @@ def check(s):
         value = getattr(s, f.name)
         if value is None:
             continue
-
-        choices = f.metadata["choices"] or [value]
-        need(value in choices, f"--{f.name} {value} is none of {', '.join(map(str, choices))}")
         check_range(f.name, value, f.metadata["least"], f.metadata["below"])
 
-        if f.metadata["only"] and value != f.default:
-            only = f.metadata["only"].split()
-            message = f"--{f.name} is for --model {' or '.join(only)}, not {s.model}"
-            need(s.model in only, message)
+        only = (f.metadata["only"] or "").split()
+        fits = not only or value == f.default or s.model in only
+        models = " or ".join(only)
+        need(fits, f"--{f.name} is for --model {models}, not {getattr(s, 'model', '')}")
 
 
 def check_range(name, value, least, below):
@@ -205,28 +198,22 @@ def check_range(name, value, least, below):
     need(finite, f"--{name} must be a finite number")
 
 
-# ---- the device ----------------------------------------------------------------------------------
+# ---- the device ----------------------------------------------------------------------------
 def pick_device(name):
-    """The torch device called `name`; None takes the best there is. UserError if it is not here."""
-    best = torch.accelerator.current_accelerator(check_available=True)
+    """The torch device called `name`; None takes the best there is. UserError if it is not
+    here."""
     if name is None:
-        return best or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is none that torch knows; try cpu or cuda") from None
-
-    there = device.type == "cpu" or (best and device.type == best.type)
-    count = torch.accelerator.device_count() if best else 0
-    need(
-        there and (device.index or 0) < max(1, count),
-        f"--device {name} asked for, but there is none here; try --device cpu",
-    )
-    return device
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is none here; try --device cpu") from None
 
 
 def is_modern(device):
-    """Whether it computes in bfloat16, and torch.compile has what it needs (Windows does not)."""
+    """Whether it computes in bfloat16, and torch.compile has what it needs (Windows does
+    not)."""
     return (
         device.type == "cuda"
         and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,24 +1,25 @@
 """
-Text to tokens on disk: train.bin, val.bin and meta.json, in a folder of their own.
+Text to tokens on disk: tokens.bin and meta.json, in a folder of their own.
 
     python -m plumbing.data --data openwebtext              GPT-2 tokens, about 17 GB on disk
     python -m plumbing.data --data FILE_OR_FOLDER --tokenizer gpt2
 
 train_char.py calls load() with the same flags, so that running this is never needed, only
-possible. A source of texts is a function and its entry in SOURCES. Texts are read, encoded and
-written piece by piece: memory does not grow with the corpus. The folder's name holds a hash of
-the files' names, sizes and times, so that a text that has changed gets a folder anew.
+possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl file.
+They are read, encoded and written a few at a time, so that a corpus may be larger than the
+memory. The folder's name holds a hash of the files' names, sizes and times, so that a text
+that has changed gets a folder anew.
 """
 
 import contextlib
+import functools
 import hashlib
 import http.client
+import itertools
 import json
 import os
-import re
 import shutil
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,112 +29,58 @@ from tqdm import tqdm
 from plumbing import cli
 from plumbing.checkpoint import lock, write_file
 from plumbing.cli import UserError, flag, need
-from plumbing.tokenizers import TOKENIZERS, learn, tokenizer_of
+from plumbing.films import films
+from plumbing.tokenizers import TOKENIZERS, clean, learn, tokenizer_of
 
 DATA = Path(__file__).parents[1] / "data"
+SHAKESPEARE = "tinyshakespeare/input.txt"
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FORMAT = 3  # of the folder; one of another format is prepared again
-PIECE = 2**16  # characters of a file that are read at a time
-LONGEST = 2**20  # characters without a place to cut; then anywhere
-BATCH = 2**22  # characters that are encoded at a time, on all cores
+FORMAT = 4  # of the folder; one of another format is prepared again
+BATCH = 256  # documents that are encoded at a time, on all cores
 
 
-@dataclass
-class Text:
-    """What a source gives. parts() returns two functions, for train and for val, each of which
-    returns an iterator of (does a document begin here?, text). Instead of val, None stands for the
-    last tenth of train. files are those whose change makes the tokens old."""
-
-    name: str  # what --data says for it
-    parts: Callable
-    tokenizer: str = "char"  # unless a flag says otherwise
-    files: list | tuple = ()
-
-
-# ---- sources, each called with the folder that holds all data -----------------------------------
+# ---- sources -------------------------------------------------------------------------------
+# Each is called with the folder that holds all data. It returns two functions, for train and
+# for val, each of which returns an iterable of documents. Instead of the second, None stands
+# for the last tenth.
 def shakespeare(root):
-    """tinyshakespeare, downloaded once; without network, a text that every Python has."""
-    path = root / "tinyshakespeare" / "input.txt"
-    if not path.is_file():
-        try:
-            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
-                raw = response.read()
-        except (OSError, http.client.HTTPException) as e:  # no network, or it broke off
-            print(f"no tinyshakespeare ({e}); training on Python's own documentation instead")
-            return python_docs(root)
-        right = hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256
-        need(right, f"the download of {SHAKESPEARE_URL} has a wrong checksum; try again")
-        write_file(path, lambda temporary: temporary.write_bytes(raw))
-    return Text("shakespeare", lambda: (pieces_in([path]), None), files=[path])
+    return functools.partial(documents_in, [root / SHAKESPEARE]), None
 
 
 def python_docs(root):
     """Python's own documentation, as help() shows it."""
     from pydoc_data.topics import topics
 
-    def pieces():
-        yield True, "\n\n".join(topics[name] for name in sorted(topics))
-
-    return Text("python-docs", lambda: (pieces, None))
+    whole = "\n\n".join(topics[name] for name in sorted(topics))
+    return lambda: [whole], None
 
 
 def openwebtext(root):
     """OpenWebText from the Hugging Face hub, with the same split as nanoGPT's."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("--data openwebtext needs a package: pip install datasets") from None
+    try:
+        # The main branch holds a script, which datasets 4 and later do not run.
+        name, parquet = "Skylion007/openwebtext", "refs/convert/parquet"
+        whole = load_dataset(name, revision=parquet, split="train")
+    except Exception as e:  # whatever the hub, the network or the disk may say
+        why = str(e).partition("\n")[0]
+        raise UserError(f"openwebtext could not be downloaded: {why}") from None
 
-    def documents_of(dataset):
-        for rows in dataset.iter(batch_size=1000):
-            for text in rows["text"]:
-                yield True, text
-
-    def parts():
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise UserError("--data openwebtext needs a package: pip install datasets") from None
-        try:
-            # The main branch holds a script, which datasets 4 and later do not run.
-            name, parquet = "Skylion007/openwebtext", "refs/convert/parquet"
-            whole = load_dataset(name, revision=parquet, split="train")
-        except Exception as e:  # whatever the hub, the network or the disk may say
-            why = next(iter(str(e).splitlines()), type(e).__name__)
-            raise UserError(f"openwebtext could not be downloaded: {why}") from None
-
-        print(f"openwebtext has {len(whole):,} documents; nanoGPT found 8,013,769")
-        split = whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        return lambda: documents_of(split["train"]), lambda: documents_of(split["test"])
-
-    return Text("openwebtext", parts, "gpt2")
+    split = whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    texts = lambda part: (clean(row["text"]) for row in split[part])  # noqa: E731
+    return functools.partial(texts, "train"), functools.partial(texts, "test")
 
 
 def automaton(root, both=False):
-    """Films of a cellular automaton, rule 30 on a ring of 16 cells, made on the spot: 4 rows, a
-    line each, 20,000 to train on and 2,000 to validate. The last row comes first: a cell follows
-    from three in the line below it, and left to right is the wrong order. A film costs at least
-    16 ln 2 = 11.09 nats, .1631 a character.
-
-    both: only every other row is shown, and a film has one of two directions, which a mark before
-    each row tells: v, time runs down, or ^, up. Such a film costs 17 ln 2 = 11.78 nats, .1637 a
-    character."""
-
-    def films(n, seed):
-        g = np.random.default_rng(seed)
-        rows = [g.integers(0, 2, (n, 16))]
-        for _ in range(6 if both else 3):
-            old = rows[-1]
-            rows.append(np.roll(old, 1, 1) ^ (old | np.roll(old, -1, 1)))
-        film = np.stack(rows[:: 2 if both else 1], 1)  # (n, 4, 16), first row first
-
-        down = g.random(n) < 0.5 if both else np.zeros(n, bool)
-        film = np.where(down[:, None, None], film, film[:, ::-1])
-        for rows, mark in zip(film, np.where(down, "v", "^"), strict=True):
-            lines = ["".join(".#"[cell] for cell in row) for row in rows]
-            yield False, "".join(f"{mark if both else ''}{line}\n" for line in lines)
-
-    name = "automaton-both" if both else "automaton"
-    return Text(name, lambda: (lambda: films(20000, 1), lambda: films(2000, 2)))
+    """Films that are made on the spot: 20,000 to train on and 2,000 to validate."""
+    texts = lambda n, seed: ["".join(films(n, seed, both))]  # noqa: E731
+    return functools.partial(texts, 20000, 1), functools.partial(texts, 2000, 2)
 
 
 SOURCES = {
@@ -141,236 +88,208 @@ SOURCES = {
     "python-docs": python_docs,
     "openwebtext": openwebtext,
     "automaton": automaton,
-    "automaton-both": lambda root: automaton(root, both=True),
+    "automaton-both": functools.partial(automaton, both=True),
 }
-TEXT_LEN = {"automaton": 4 * 17, "automaton-both": 4 * 18}  # of sources that are lists of texts
+TEXT_LEN = {"automaton": 4 * 17, "automaton-both": 4 * 18}  # of a film
 
 
-# ---- files ---------------------------------------------------------------------------------------
+def download_shakespeare(root):
+    """Whether tinyshakespeare is there, downloaded once. Without network it is not."""
+    path = root / SHAKESPEARE
+    if path.is_file():
+        return True
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=15) as response:
+            raw = response.read()
+    except (OSError, http.client.HTTPException) as e:  # no network, or it broke off
+        print(f"no tinyshakespeare ({e}); training on Python's own documentation instead")
+        return False
+
+    right = hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256
+    need(right, f"the download of {SHAKESPEARE_URL} has a wrong checksum; try again")
+    write_file(path, lambda temporary: temporary.write_bytes(raw))
+    return True
+
+
+# ---- files ---------------------------------------------------------------------------------
 def files_of(name, data, but=()):
-    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and below,
-    sorted, without hidden ones. but: files that another flag names, as nothing is to be in both.
-    UserError if there are none, or something else."""
+    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and
+    below, sorted, without hidden ones. but: files and folders that are no part of it, such
+    as the text to validate on. UserError if there are none."""
     data = Path(data)
     need(data.exists(), f"{name} {data}: no such file or folder")
     files = [data]
     if data.is_dir():
-        found = [p for p in data.rglob("*") if p.suffix.lower() in (".txt", ".jsonl")]
-        hidden = [p for p in found if any(part[0] == "." for part in p.relative_to(data).parts)]
-        files = sorted(p for p in set(found) - set(hidden) if not p.is_dir())
+        found = (p for p in data.rglob("*") if p.suffix.lower() in (".txt", ".jsonl"))
+        shown = (p for p in found if "/." not in f"/{p.relative_to(data).as_posix()}")
+        files = sorted(p for p in shown if not p.is_dir())
 
-    taken = {p.resolve() for p in but}
-    files = [p for p in files if p.resolve() not in taken]
-    need(files, f"{name} {data} has no .txt or .jsonl files{' of its own' * bool(but)}")
-    for path in files:
-        need(path.is_file(), f"{name} {path} is no regular file; save the text as one")
+    real = {path: Path(os.path.realpath(path)) for path in (*files, *but)}
+    files = [p for p in files if not any(real[p].is_relative_to(real[q]) for q in but)]
+    apart = "those of --val_data and --out_dir do not count"
+    need(files, f"{name} {data} has no .txt or .jsonl files ({apart})")
     return files
 
 
-def pieces_in(files):
-    """A function that returns a new iterator of (does a document begin here?, text)."""
-
-    def pieces():
-        for path in files:
-            try:
-                yield from (read_jsonl if path.suffix.lower() == ".jsonl" else read_text)(path)
-            except UnicodeDecodeError:
-                raise UserError(f"{path} is not UTF-8 text") from None
-
-    return pieces
+def documents_in(files):
+    """The documents in these files, one by one."""
+    for path in files:
+        try:
+            if path.suffix.lower() == ".jsonl":
+                yield from read_jsonl(path)
+            else:
+                yield path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text") from None
+        except OSError as e:  # in the middle of a file, it does not name the file
+            raise UserError(f"cannot read {path}: {e.strerror}") from None
 
 
 def read_jsonl(path):
     with open(path, encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
             try:
-                text = json.loads(line)["text"].encode("utf-8", "replace").decode()
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, KeyError, TypeError, AttributeError):
+                yield clean(json.loads(line)["text"])
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                 message = f'{path}, line {number}: not a JSON object with a string "text"'
                 raise UserError(message) from None
-            yield True, text
 
 
-def read_text(path):
-    """A text file is one document, read in pieces. They end before a lone space or line end, where
-    GPT-2's tokenizer always cuts: the tokens are those of the whole."""
-    begins = True
-    rest = ""
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        while more := f.read(PIECE):
-            need("\0" not in more, f"{path} is not UTF-8 text")  # but UTF-16, or no text at all
-            rest += more
-            cut = re.match(r"(?s).*\S(?=[ \n]\S)", rest)
-            end = cut.end() if cut else len(rest) if len(rest) >= LONGEST else 0
-            if end:
-                yield begins, rest[:end]
-                begins = False
-                rest = rest[end:]
-    if rest:
-        yield begins, rest
-
-
-# ---- tokens --------------------------------------------------------------------------------------
-def batches(pieces, what):
-    """Lists of (does a separator go before it?, text) with BATCH characters or more."""
-    batch = []
-    size = 0
-    with tqdm(desc=what, unit="char", unit_scale=True, delay=2) as bar:
-        for n, (begins, text) in enumerate(pieces):
-            batch.append((begins and n > 0, text))
-            size += len(text)
-            bar.update(len(text))
-            if size >= BATCH:
-                yield batch
-                batch = []
-                size = 0
+# ---- tokens --------------------------------------------------------------------------------
+def batches(documents, what):
+    """Lists of BATCH documents."""
+    bar = iter(tqdm(documents, what, unit=" documents", delay=2))
+    while batch := list(itertools.islice(bar, BATCH)):
         yield batch
 
 
 def prepare(target, train, val, kind):
-    """Make the folder with {train,val}.bin and meta.json: all of it, or nothing."""
+    """Make the folder with tokens.bin and meta.json: all of it, or nothing."""
     work = Path(f"{target}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # a preparation that was killed left it
     work.mkdir(parents=True)
     try:
-        write_tokens(work, train, val, kind)
+        parts = [train, val] if val else [train]
+        texts = (batch for part in parts for batch in batches(part(), "vocabulary"))
+        tokenizer = learn(kind, texts)
+        n_train, *rest = write_tokens(work / "tokens.bin", parts, tokenizer)
+        if not rest:
+            n_train = int(0.9 * n_train)
+
+        sha256 = checksum(work, tokenizer, n_train)
+        meta = json.dumps(dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256))
+        write_file(work / "meta.json", lambda path: path.write_text(meta, "utf-8"))
         os.rename(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_tokens(folder, train, val, kind):
-    """The three files of prepare()."""
-    parts = {"train": train, "val": val or (lambda: ())}
-    paths = [folder / f"{name}.bin" for name in parts]
-    texts = (batch for part in parts.values() for batch in batches(part(), "vocabulary"))
-    tokenizer = learn(kind, texts)
-    for path, part in zip(paths, parts.values(), strict=True):
-        with open(path, "wb") as f:
-            for batch in batches(part(), path.name):
+def write_tokens(path, parts, tokenizer):
+    """The tokens of all parts, one after another. Returns how many each part has."""
+    counts = []
+    with open(path, "wb") as f:
+        for part in parts:
+            begin = f.tell()
+            for batch in batches(part(), "tokens"):
+                if f.tell() > begin:
+                    f.write(tokenizer.separator().tobytes())
                 f.write(tokenizer.encode_all(batch).tobytes())
+            counts.append((f.tell() - begin) // tokenizer.dtype.itemsize)
 
-    # Without a text to validate on, that is the last tenth.
-    if val is None:
-        tokens = tokens_in(paths[0], tokenizer.dtype)
-        end = int(0.9 * len(tokens))
-        tokens[end:].tofile(paths[1])
-        del tokens
-        os.truncate(paths[0], end * tokenizer.dtype.itemsize)
-
-    # One checksum stands for all tokens and what they mean.
-    train, val = (tokens_in(path, tokenizer.dtype) for path in paths)
-    about = [tokenizer.state, tokenizer.dtype.name]
-    whole = json.dumps([hashlib.sha256(tokens).hexdigest() for tokens in (train, val)] + about)
-    meta = dict(train=len(train), val=len(val), tokenizer=tokenizer.state)
-    meta["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
-
-    # On disk before meta.json is: a machine may stop at any time.
-    for path in paths:
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
-    write_file(folder / "meta.json", lambda path: path.write_text(json.dumps(meta), "utf-8"))
+        # On disk before meta.json is: a machine may stop at any time.
+        f.flush()
+        os.fsync(f.fileno())
+    return counts
 
 
-def tokens_in(path, dtype):
+def tokens_in(folder, dtype):
     """A memory-mapped array, as far as a file that is empty can be one."""
+    path = folder / "tokens.bin"
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
+def checksum(folder, tokenizer, n_train):
+    """Of the tokens to train on, those to validate on, and what they mean."""
+    halves = np.split(tokens_in(folder, tokenizer.dtype), [n_train])
+    digests = [hashlib.sha256(half).hexdigest() for half in halves]
+    whole = json.dumps([*digests, tokenizer.state, tokenizer.dtype.name])
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
 class Corpus:
-    """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three; the name
-    of the data. UserError if files were cut off."""
+    """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three;
+    the name of the data."""
 
     def __init__(self, folder, name):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.name = name
         self.sha256 = meta["sha256"]
         self.tokenizer = tokenizer_of(**meta["tokenizer"])
-        self.train = tokens_in(folder / "train.bin", self.tokenizer.dtype)
-        self.val = tokens_in(folder / "val.bin", self.tokenizer.dtype)
-        whole = (len(self.train), len(self.val)) == (meta["train"], meta["val"])
-        need(whole, f"the tokens in {folder} are cut off; delete it, and they are prepared again")
+        tokens = tokens_in(folder, self.tokenizer.dtype)
+        self.train = tokens[: meta["n_train"]]
+        self.val = tokens[meta["n_train"] :]
 
     def __str__(self):
         n = f"{len(self.train):,} + {len(self.val):,} tokens"
         return f"{n}, {self.tokenizer.size:,} different"
 
 
-# ---- all of it -----------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------
 def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=None, least=0):
-    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a list
-    of texts of so many tokens; val begins with one, too. but: a folder that must not be among the
-    texts, as a run writes its log to it. least: how many tokens it must have.
+    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a
+    list of texts of so many tokens; val begins with one, too. but: a folder that is not
+    among the texts, as a run writes its log to it. least: how many tokens it must have.
 
     UserError for what cannot be read, and for too few tokens."""
     root = Path(folder or DATA)
-    for name, place in (("--data", data), ("--val_data", val_data)):
-        if but and place and place not in SOURCES:
-            among = Path(but).resolve().is_relative_to(Path(place).resolve())
-            why = "its log would become text"
-            need(not among, f"--out_dir must not lie inside {name} {place}: {why}")
+    if data == "shakespeare" and not download_shakespeare(root):
+        data = "python-docs"
 
     # The text to validate on may lie among the others, which are then without it.
-    held_out = files_of("--val_data", val_data) if val_data else []
-    if data in SOURCES:
-        text = SOURCES[data](root)
-    else:
-        files = files_of("--data", data, held_out)
-        text = Text(data, lambda: (pieces_in(files), None), files=files)
-    kind = tokenizer or text.tokenizer
-    target = root / folder_for(text, held_out, kind)
+    apart = [but] if but else []
+    held_out = files_of("--val_data", val_data, apart) if val_data else []
+    files = [] if data in SOURCES else files_of("--data", data, apart + held_out)
+    kind = tokenizer or ("gpt2" if data == "openwebtext" else "char")
+    target = root / folder_for(data, kind, files, held_out)
 
     # Of several processes that want the same, one prepares it.
     if not target.exists():
         with contextlib.closing(lock(Path(f"{target}.lock"), wait=True)):
             if not target.exists():
-                train, val = text.parts()
-                prepare(target, train, pieces_in(held_out) if val_data else val, kind)
+                train, val = functools.partial(documents_in, files), None
+                if data in SOURCES:
+                    train, val = SOURCES[data](root)
+                if held_out:
+                    val = functools.partial(documents_in, held_out)
+                prepare(target, train, val, kind)
 
-    corpus = Corpus(target, text.name)
-    if text_len:
-        begin_with_a_text(corpus, text_len, bool(val_data))
+    corpus = Corpus(target, data)
+    if text_len and not held_out:  # the last tenth may begin amid a text
+        corpus.val = corpus.val[-len(corpus.train) % text_len :]
+    n_train, n_val = len(corpus.train), len(corpus.val)
     need(
-        min(len(corpus.train), len(corpus.val)) >= least,
-        f"--data {corpus.name} has {len(corpus.train)} + {len(corpus.val)} tokens to train and "
-        f"validate on, too few for a window of {least}: take a longer text or a smaller --seq_len",
+        min(n_train, n_val) >= least,
+        f"--data {data} has {n_train} + {n_val} tokens to train and validate on, too few for "
+        f"a window of {least}: take a longer text or a smaller --seq_len",
     )
     return corpus
 
 
-def folder_for(text, held_out, kind):
+def folder_for(data, kind, files, held_out):
     """A name that changes with the text, the tokenizer, and the files of both. UserError if
     there is no such tokenizer."""
-    files = [*text.files, *held_out]
+    parts = []
     if kind not in TOKENIZERS:
-        parts = [Path(kind, name) for name in ("tokenizer.json", "tokenizer_config.json")]
         names = f"{', '.join(TOKENIZERS)} nor a folder with tokenizer.json"
-        need(parts[0].is_file(), f"--tokenizer {kind}: neither {names}")
-        files += [path for path in parts if path.is_file()]
+        parts = sorted(Path(kind).glob("tokenizer*.json"))
+        need(Path(kind, "tokenizer.json") in parts, f"--tokenizer {kind}: neither {names}")
 
     about = [FORMAT, len(held_out)]
-    for path in files:
+    for path in (*files, *held_out, *parts):
         found = path.stat()
         about += [os.path.realpath(path), found.st_size, found.st_mtime_ns]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return f"{Path(text.name).stem[:60]}-{Path(kind).name[:40]}-{digest[:12]}"
-
-
-def begin_with_a_text(corpus, text_len, apart):
-    """Let val begin with a text, as the last tenth may begin amid one. apart: val is a text of its
-    own. UserError unless all texts have text_len tokens."""
-    train, val = len(corpus.train), len(corpus.val)
-    whole = train % text_len == val % text_len == 0 if apart else (train + val) % text_len == 0
-    need(
-        whole,
-        f"--data {corpus.name} has {train:,} + {val:,} tokens: that is no list of texts of "
-        f"--text_len {text_len}",
-    )
-    corpus.val = corpus.val[-train % text_len :]
+    return f"{Path(data).stem[:60]}-{Path(kind).name[:40]}-{digest[:12]}"
 
 
 @dataclass

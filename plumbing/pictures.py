@@ -1,8 +1,8 @@
 """
 Samples with the order in which they were written: as text, as a page, as a picture.
 
-Samples are a list of (pieces, revealed_at): the text of each token, and the number of the call that
-revealed it, -1 where it was given.
+Samples are a list of (pieces, revealed_at): the text of each token, and the number of the
+call that revealed it, -1 where it was given.
 """
 
 import html
@@ -12,27 +12,24 @@ import sys
 from pathlib import Path
 
 from plumbing.checkpoint import write_file
-from plumbing.cli import need
 
 PAGE = Path(__file__).with_name("page.html")  # what page() fills in
 EARLY_TO_LATE = (196, 202, 208, 220, 154, 46, 48, 45, 33, 63)  # xterm colours, red to violet
 
 
-def pieces(tokenizer, x, at, n=None):
-    """Samples of tokens x (N, L), revealed at (N, L): their first n tokens, or all."""
-    rows = zip(x[:, :n].tolist(), at[:, :n].tolist(), strict=True)
+def pieces(tokenizer, x, at):
+    """Samples of tokens x (N, L), revealed at (N, L)."""
+    rows = zip(x.tolist(), at.tolist(), strict=True)
     return [(tokenizer.pieces(ids), revealed_at) for ids, revealed_at in rows]
 
 
 def write(path, text):
-    """UserError if it cannot be written, or is the page that others are made of."""
-    template = Path(path).resolve() == PAGE.resolve()
-    need(not template, f"{path} is the template of the page; take another name")
+    """UserError if it cannot be written."""
     write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
     print(f"wrote {path}")
 
 
-# ---- as text -------------------------------------------------------------------------------------
+# ---- as text -------------------------------------------------------------------------------
 def render(pieces, revealed_at, colour):
     """One sample with its order: colours, or a line of digits under each line of text."""
     out = []
@@ -52,8 +49,8 @@ def render(pieces, revealed_at, colour):
 
 
 def characters(pieces, revealed_at):
-    """(character to show, tenth or None if given, does a line end here?) of one sample. Tenths are
-    those of the calls: 0 for the first .. 9 for the last."""
+    """(character to show, tenth or None if given, does a line end here?) of one sample.
+    Tenths are those of the calls: 0 for the first .. 9 for the last."""
     calls = sorted({at for at in revealed_at if at >= 0})
     tenths = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
     for piece, at in zip(pieces, revealed_at, strict=True):
@@ -80,9 +77,10 @@ def show(samples, order):
         print(render(pieces, at, colour) if order else plain)
 
 
-# ---- as a page, as a picture ---------------------------------------------------------------------
+# ---- as a page, as a picture ---------------------------------------------------------------
 def page(samples, about):
-    """One HTML file that plays how the samples were written. It needs nothing but a browser."""
+    """One HTML file that plays how the samples were written. It needs nothing but a
+    browser."""
     rows = [dict(pieces=pieces, at=at) for pieces, at in samples]
     data = json.dumps(dict(about=about, samples=rows)).replace("<", "\\u003c")  # no </script>
     return PAGE.read_text("utf-8").replace('"DATA"', data)

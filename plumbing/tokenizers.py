@@ -1,9 +1,9 @@
 """
 Text to tokens and back. A tokenizer is a class and its entry in TOKENIZERS, at the end.
 
-It has kind, its name in the table; size, how many tokens there are; dtype, what a token takes on
-disk; unit, of a loss; end, the token between documents, or None; state, what JSON and checkpoints
-keep of it; and learn, encode, encode_all and pieces.
+It has kind, its name in the table; size, how many tokens there are; dtype, what a token
+takes on disk; unit, of a loss; end, the token between documents, or None; state, what JSON
+and checkpoints keep of it; and learn, encode, encode_all and pieces.
 """
 
 import itertools
@@ -35,22 +35,24 @@ class Tokenizer:
 
     def encode(self, text):
         """(L,)"""
-        return self.encode_all([(False, text)])
+        return self.encode_all([clean(text)])
 
-    def encode_all(self, batch):
-        """The tokens (L,) of a list of (does a separator go before it?, text)."""
+    def separator(self):
+        """The tokens between two documents."""
+        return self.encode(self.between) if self.end is None else np.array([self.end], self.dtype)
+
+    def encode_all(self, texts):
+        """The tokens (L,) of several documents."""
+        separator = self.separator() if len(texts) > 1 else None
         parts = []
-        encoded = self.encode_each([clean(text) for _, text in batch])
-        for (separate, _), ids in zip(batch, encoded, strict=True):
-            if separate:
-                parts.append(self.encode(self.between) if self.end is None else [self.end])
-            parts.append(ids)
-        return np.concatenate([np.asarray(ids, self.dtype) for ids in [[], *parts]])
+        for ids in self.encode_each(texts):
+            parts += [separator, np.array(ids, self.dtype)]
+        return np.concatenate(parts[1:])
 
     def pieces(self, ids):
-        """The text of each token: what it adds to that of the few before it. A character may need
-        several tokens, and stands with the last; a word may begin with a space that shows only
-        after another word."""
+        """The text of each token: what it adds to that of the few before it. A character
+        may need several tokens, and stands with the last; a word may begin with a space
+        that shows only after another word."""
         pieces = []
         before = 0  # where to decode from: the beginning of a whole character
         shown = 0  # how many tokens have their text
@@ -91,8 +93,9 @@ class Characters(Tokenizer):
 
 
 class GPT2(Tokenizer):
-    """GPT-2's byte pairs, by tiktoken, which downloads them once, or has them in the folder that
-    the environment variable TIKTOKEN_CACHE_DIR names. <|endoftext|> between documents."""
+    """GPT-2's byte pairs, by tiktoken, which downloads them once, or has them in the folder
+    that the environment variable TIKTOKEN_CACHE_DIR names. <|endoftext|> between
+    documents."""
 
     kind = "gpt2"
 
@@ -150,8 +153,8 @@ class HuggingFace(Tokenizer):
             try:
                 end = json.loads(config.read_text("utf-8")).get("eos_token")
                 end = end["content"] if isinstance(end, dict) else end
-            except (ValueError, AttributeError, KeyError) as e:
-                raise UserError(f"{config} is damaged: {type(e).__name__} {e}") from None
+            except (ValueError, AttributeError, KeyError):
+                raise UserError(f"{config} is damaged") from None
         return cls([Path(folder, "tokenizer.json").read_text("utf-8"), end])
 
     def encode_each(self, texts):
@@ -165,15 +168,15 @@ TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their fold
 
 
 def learn(name, batches):
-    """The tokenizer of that name, or in a folder with tokenizer.json. The texts, batches as
-    encode_all() takes them, decide which characters there are."""
+    """The tokenizer of that name, or in a folder with tokenizer.json. The batches of texts
+    decide which characters there are."""
     if name not in TOKENIZERS:
         return HuggingFace.at(name)
     if name != "char":
         return TOKENIZERS[name]()
-    characters = set()
-    for separate, text in itertools.chain.from_iterable(batches):
-        characters.update(Characters.between * separate + clean(text))
+    characters = {Characters.between}
+    for text in itertools.chain.from_iterable(batches):
+        characters.update(text)
     return Characters(sorted(characters))
 
 

@@ -8,10 +8,8 @@ Whatever the mistake was, all files that were there are there, byte for byte.
 """
 
 import contextlib
-import errno
 import gc
 import io
-import os
 import random
 import re
 import shlex
@@ -30,12 +28,11 @@ from test_train import (
     BASE,
     QUIET,
     ROOT,
-    STOPS,
+    SIX,
     TINY,
     checkpoint,
     figures,
     rows,
-    same,
     same_runs,
     signals_in,
     stopped,
@@ -45,7 +42,6 @@ from test_train import (
 import lomdm
 import sample
 import train_char
-from plumbing import checkpoint as checkpoints
 from plumbing import cli, processes
 from plumbing.cli import UserError
 
@@ -53,112 +49,48 @@ TABLE = r"""
 -- flags --
 $ train --learning_rat 1                                # a flag that does not exist
 error: unrecognized arguments: --learning_rat 1 (--help lists the flags)
-$ train --ema 0.999                                     # a flag of an earlier version
-error: unrecognized arguments: --ema 0.999 (--help lists the flags)
 $ train --model gpt                                     # a model that does not exist
 error: argument --model: invalid choice: 'gpt' (choose from .. (--help lists the flags)
-$ train --model llama                                   # one that only --init_from makes
-error: argument --model: invalid choice: 'llama' (choose from .. (--help lists the flags)
 $ train --max_iters ten                                 # a number in letters
 error: argument --max_iters: invalid int value: 'ten' (--help lists the flags)
 $ train --compile=2                                     # neither true nor false
-error: argument --compile: invalid truth value: '2' (--help lists the flags)
-$ train --model a3 --shares a,b                         # no numbers
-error: argument --shares: invalid floats value: 'a,b' (--help lists the flags)
-$ sample --temp 1                                       # a flag cut short
-error: unrecognized arguments: --temp 1 (--help lists the flags)
-$ sample --group_size 2                                 # a flag of the other script
-error: unrecognized arguments: --group_size 2 (--help lists the flags)
-$ sample --by luck                                      # a rule that does not exist
-error: argument --by: invalid choice: 'luck' (choose from .. (--help lists the flags)
-$ sample --show me                                      # likewise
-error: argument --show: invalid choice: 'me' (choose from .. (--help lists the flags)
+error: argument --compile: invalid choice: '2' (choose from True, False) (--help lists the flags)
 $ train --data= --val_data good                         # a shell variable that is not set
 error: --data is empty
-$ sample --html ''                                      # likewise
-error: --html is empty
-
--- numbers that cannot be --
-$ train --max_iters 0
-error: --max_iters must be at least 1
-$ train --learning_rate nan
-error: --learning_rate must be at least ..
-$ train --beta2 1
-error: --beta2 must be below 1
-$ train --batch_size 2000000000
-error: --batch_size must be below 1048576
-$ train --seed 99999999999999999999
-error: --seed must be below ..
-$ train --warmup_iters 900 --max_iters 800
+$ train --warmup_iters 900 --max_iters 800              # a warmup without an end
 error: --max_iters 800 is less than the 900 steps of the warmup
-$ sample --seed -1
-error: --seed must be at least 0
-$ sample --temperature -1
-error: --temperature must be at least 0
-$ sample --temperature nan
-error: --temperature must be at least 0
-$ sample --temperature inf
-error: --temperature must be a finite number
-$ sample --top_k 0
-error: --top_k must be at least 1
-$ sample --top_p 1.5
+$ sample --top_p 1.5                                    # a probability above 1
 error: --top_p must be at most 1
-$ sample --num_samples 0
-error: --num_samples must be at least 1
-$ sample --num_samples 99999999999999999999
-error: --num_samples must be below ..
-$ sample --per_step 0
-error: --per_step must be at least 1
-$ sample --out_dir a3 --by margin --per_step 0
-error: --per_step must be at least 1
 
 -- models --
 $ train --n_head 3                                      # heads that do not divide the width
 error: n_embd (16) must be divisible by n_head (3)..
-$ train --model block --block_len 5                     # blocks that do not fill the window
-error: seq_len (16) must be divisible by block_len (5)..
 $ train --model block --block_len 16                    # one block: that is another model
 error: --block_len: above 1 (--model arm), below 16 (--model mdm)
-$ train --model block --block_len 1                     # and so are blocks of one
-error: --block_len: above 1 (--model arm), below 16 (--model mdm)
-$ train --model block --block_len 0
-error: --block_len must be at least 1
 $ train --model arm --block_len 4                       # a flag for another model
 error: --block_len is for --model block or lomdm or lomdm-by-time, not arm
-$ train --model mdm --c2 0.1                            # likewise
-error: --c2 is for --model lomdm or lomdm-by-time, not mdm
-$ train --weights exp --c2 0                            # a flag for other weights
-error: --c2 is for --weights normsig
-$ train --c2 0.9                                        # more than normsig can be
-error: --c2 must be below 0.7
 $ train --model loa3 --batch_size 1                     # a text has none to be compared with
 error: loa3 compares texts: --batch_size 2 at least
-$ train --model a3 --shares 1,1,1                       # more than all steps
-error: shares must be three numbers >= 0 that sum to 1, not ..
-$ train --model a3 --shares nan,0,1
-error: shares must be three numbers >= 0 that sum to 1, not ..
-$ train --model a3 --group_size 0
-error: --group_size must be at least 1
-$ train --init_from good                                # a flag for a3
-error: --init_from is for --model a3, not lomdm
 $ train --model a3 --init_from nowhere                  # a folder that is not there
 error: --init_from nowhere: no LLaMA, no ARM there
 $ train --model a3 --init_from good                     # a run of another model
 error: --init_from good: neither a LLaMA nor an ARM
 $ train --model a3 --init_from bert                     # another kind of pretrained model
-error: bert cannot be loaded: ValueError model_type bert is not supported
+error: ..bert..
 $ train --model a3 --init_from half                     # a download that broke off
-error: half cannot be loaded: JSONDecodeError ..
-$ train --model a3 --init_from bert --tokenizer gpt2    # a LLaMA has its own
+error: half cannot be loaded: ..
+$ train --model a3 --init_from bert --tokenizer gpt2    # a LLaMA has its own tokenizer
 error: --tokenizer is that of bert; leave it out
-$ train --data automaton --seq_len 70                   # windows with parts of texts
-error: --seq_len must hold whole texts, of 68
 
 -- texts --
 $ train --data missing.txt                              # a file that is not there
 error: --data missing.txt: no such file or folder
+$ train --data itself                                   # a link to itself
+error: --data itself: no such file or folder
 $ train --data no_text                                  # a folder without texts
-error: --data no_text has no .txt or .jsonl files
+error: --data no_text has no .txt or .jsonl files ..
+$ train --data good                                     # a folder with the logs of a run
+error: good/log.jsonl, line 1: not a JSON object with a string "text"
 $ train --data empty.txt                                # an empty file
 error: --data empty.txt has 0 + 0 tokens to train and validate on, too few for a window of ..
 $ train --data short.txt                                # a file that is too short
@@ -169,95 +101,59 @@ $ train --data bad.jsonl                                # another format
 error: bad.jsonl, line 2: not a JSON object with a string "text"
 $ train --tokenizer no_text                             # a folder without a tokenizer
 error: --tokenizer no_text: neither char, gpt2 nor a folder with tokenizer.json
-$ train --data . --out_dir runs                         # a log that would become text
-error: --out_dir must not lie inside --data .: its log would become text
 
 -- devices and folders --
-$ train --device tpu9                                   # a device that torch does not know
-error: --device tpu9 is none that torch knows; try cpu or cuda
 $ train --device cuda:99                                # a device that is not there
-error: --device cuda:99 asked for, but there is none here; try --device cpu
-$ sample --device cuda:99
-error: --device cuda:99 asked for, but there is none here; try --device cpu
+error: --device cuda:99: there is none here; try --device cpu
 $ train --out_dir text.txt                              # a file as a folder
-error: cannot write to --out_dir text.txt: it is a file; take another name
-$ train --out_dir text.txt/run                          # a folder below a file
-error: cannot write to --out_dir text.txt/run: ..
+error: cannot write to --out_dir text.txt: File exists
 $ train --out_dir /proc/run                             # a place that takes no files
 error: cannot write to --out_dir /proc/run: ..
-$ train --out_dir .                                     # the folder one is in
-error: --out_dir must be a folder of its own, not the one you are in
+$ sample --html text.txt/a.html                         # a folder that is a file
+error: cannot write text.txt/a.html: ..
 
 -- going on --
 $ train --resume                                        # no run is there
 error: no checkpoint at out/last.pt; train one: python train_char.py --out_dir out
-$ train --resume --out_dir good --eval_windows 7        # a flag that the run has otherwise
-error: --eval_windows 7 is not what the run in good has (2000); leave it out, or ..
-$ train --resume --out_dir good --n_layer 2             # likewise
-error: --n_layer 2 is not what the run in good has (1); leave it out, or ..
-$ train --resume --out_dir good --data short.txt        # a text that is too short
-error: --data short.txt has 27 + 3 tokens ..
+$ train --resume --out_dir good --n_layer 2             # a flag that the run has otherwise
+error: --n_layer is 1 in good; leave it out, or start without --resume
 $ train --resume --out_dir good --data other.txt        # another text
 error: --data other.txt is not the text that this run began with
 $ train --resume --out_dir cut                          # half a checkpoint
 error: cut/last.pt is damaged, cut off or not a checkpoint; train again
 $ train --resume --out_dir old                          # one of an earlier version
 error: old/last.pt was not written by this version of train_char.py; train again
-$ train --resume --out_dir foreign                      # one of another program
-error: foreign/last.pt was not written by this version of train_char.py; train again
-$ train --resume --out_dir mixed                        # weights of another model
-error: mixed/last.pt does not hold the model that it says; train again
 
 -- samples --
 $ sample --out_dir nowhere                              # no run is there
 error: no checkpoint at nowhere/ckpt.pt; train one: python train_char.py --out_dir nowhere
 $ sample --out_dir young                                # a run without a validation so far
-error: no ckpt.pt in young, only last.pt: no validation yet: --resume goes on
-$ sample --out_dir cut                                  # half a checkpoint
-error: cut/ckpt.pt is damaged, cut off or not a checkpoint; train again
+error: no checkpoint at young/ckpt.pt; not validated yet, --resume goes on
 $ sample --prompt 'to Be'                               # a character that was not in the text
 error: 'B' does not occur in the text that this model was trained on
-$ sample --prompt 'to be, or not to '                   # a prompt longer than the window
-error: the prompt fills the window: --length above 17?
-$ sample --prompt 'to be, or not to'                    # a prompt as long as the window
-error: the prompt fills the window: --length above 16?
+$ sample --prompt 'to be, or not to be'                 # a prompt longer than the window
+error: the prompt fills the window: --length above 19?
 $ sample --prompt 'to be' --length 5                    # nothing is left to write
 error: --length 5: the prompt has 5 tokens already
-$ sample --prompt to --infill t_                        # two tasks at once
-error: --prompt or --infill: one of the two
 $ sample --infill 'to be'                               # no gap
-error: --infill needs a gap: one _ for each token to fill in
-$ sample --infill 'to\_be'                              # that is a character
 error: --infill needs a gap: one _ for each token to fill in
 $ sample --infill 'to be, or not to _'                  # a text longer than the window
 error: the text has 18 tokens, the model's window 16
-$ sample --out_dir a3 --infill 'to be, or not to _'
-error: the text has 18 tokens, the model's window 16
-$ sample --infill 'to _e' --length 9                    # a flag for prompts
-error: --length is for what follows a prompt, not for --infill
 $ sample --drafts 2                                     # a flag for another model
 error: --drafts is for a3 and loa3, not lomdm
-$ sample --out_dir a3 --drafts 2 --per_step 2           # two ways to be fast at once
-error: --drafts: with --per_step 1, by left or order
 $ sample --out_dir a3 --by order                        # an order that was never learned
 error: --by order: a3 has not learned one
 $ sample --per_step 17                                  # more than there is to fill
 error: --per_step: lomdm fills in a block of 16 at most in one call
-$ sample --html x/ckpt.pt                               # a name that a checkpoint has
+$ sample --html good/ckpt.pt                            # a name that a checkpoint has
 error: ckpt.pt: take another name, this one is a run's or there twice
-$ sample --html x --svg x                               # one name for two files
-error: x: take another name, this one is a run's or there twice
-$ sample --html x --svg ./x                             # likewise
-error: x: take another name, this one is a run's or there twice
-$ sample --html text.txt/a.html                         # a folder that is a file
-error: cannot write text.txt/a.html: ..
 """
 
 
 def cases(table):
     """(command, line) of a table, each with the mistake as its name."""
-    found = re.findall(r"^\$ (.*?) *(?:# (.*))?\n(.*)$", table, re.MULTILINE)
-    return [pytest.param(command, line, id=what or command) for command, what, line in found]
+    found = re.findall(r"^\$ (.*?) *# (.*)\n(.*)$", table, re.MULTILINE)
+    return [pytest.param(command, line, id=what) for command, what, line in found]
 
 
 @pytest.fixture(scope="module")
@@ -267,11 +163,12 @@ def world(tmp_path_factory):
     with contextlib.chdir(where):
         Path("text.txt").write_text("to be, or not to be\n_" * 100)
         Path("empty.txt").touch()
+        Path("itself").symlink_to("itself")
         Path("short.txt").write_text("x" * 30)
         Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)
         Path("other.txt").write_text("something else " * 100)
         Path("bad.jsonl").write_text('{"text": "good"}\n{"words": "bad"}\n')
-        for name in ("no_text", "bert", "half", "cut", "old", "foreign", "mixed", "young"):
+        for name in ("no_text", "bert", "half", "cut", "old", "young"):
             Path(name).mkdir()
         Path("no_text/README.md").write_text("no text")
         Path("bert/config.json").write_text('{"model_type": "bert", "vocab_size": 9}')
@@ -280,25 +177,10 @@ def world(tmp_path_factory):
         train("--max_iters 1 --out_dir good")
         train("--max_iters 1 --out_dir a3 --model a3")
         whole = Path("good/last.pt").read_bytes()
-        good = checkpoint("good/last.pt")
-        for name in ("last.pt", "ckpt.pt"):
-            Path("cut", name).write_bytes(whole[: len(whole) // 2])
+        Path("cut/last.pt").write_bytes(whole[: len(whole) // 2])
         Path("young/last.pt").write_bytes(whole)
-        torch.save(good | {"format": "lomdm checkpoint 2"}, "old/last.pt")
-        torch.save({"model": {}}, "foreign/last.pt")
-        torch.save(good | {"model": {}}, "mixed/last.pt")
+        torch.save(checkpoint("good/last.pt") | {"format": "lomdm checkpoint 2"}, "old/last.pt")
     return where
-
-
-@pytest.fixture
-def llama_files(monkeypatch):
-    """The package that reads a LLaMA's files, where it is not installed."""
-    with contextlib.suppress(ImportError):
-        import safetensors  # noqa: F401
-
-        return
-    stub = types.SimpleNamespace(SafetensorError=ValueError, safe_open=None)
-    monkeypatch.setitem(sys.modules, "safetensors", stub)
 
 
 def files():
@@ -327,7 +209,9 @@ def outcome(command, capfd):
 
 
 @pytest.mark.parametrize("command,line", cases(TABLE))
-def test_a_mistake_costs_one_line(world, llama_files, monkeypatch, capfd, command, line):
+def test_a_mistake_costs_one_line(world, monkeypatch, capfd, command, line):
+    if "bert" in command or "half" in command:
+        pytest.importorskip("safetensors")
     monkeypatch.chdir(world)
     before = files()
     code, err = outcome(command, capfd)
@@ -336,7 +220,7 @@ def test_a_mistake_costs_one_line(world, llama_files, monkeypatch, capfd, comman
     assert files() == before
 
 
-# ---- what goes wrong around them ------------------------------------------------------------
+# ---- what goes wrong around them -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -363,7 +247,6 @@ def test_no_network_for_shakespeare(work, monkeypatch, capsys):
     train("--max_iters 1", base=TINY)
     note = "no tinyshakespeare (no network); training on Python's own documentation instead\n"
     assert capsys.readouterr().out.startswith(note)
-    assert checkpoint("out/last.pt")["settings"]["data"] == "python-docs"
     assert rows()[0]["settings"]["data"] == "python-docs"
     train("--resume --max_iters 2", base="")
 
@@ -388,40 +271,14 @@ def test_what_is_missing_elsewhere(work, monkeypatch, capfd, what, flags, line):
     assert files() == before
 
 
-def test_no_compiler(work):
-    """--compile without a C++ compiler, or whatever inductor may stumble over."""
-    env = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(work / "cache")}
-    run = start(f"{BASE} --max_iters 1 --compile", env=env)
-    line = last_line(run.communicate(timeout=120)[1])
-    assert run.returncode == 1
-    assert line.startswith("error: torch.compile failed (") and "--compile=False" in line
-
-
-LOCKED = {  # the file, and a command that reads it
-    "other.txt": "train --data other.txt --data_dir tokens/new",
-    "good/ckpt.pt": "sample --out_dir good",
-    "good/last.pt": "train --resume --out_dir good",
-}
-
-
-@pytest.mark.parametrize("name,command", LOCKED.items())
-def test_a_file_that_may_not_be_read(world, monkeypatch, capfd, name, command):
-    """Its name is in the line, and the reason."""
-    monkeypatch.chdir(world)
-    before = files()
-    real = open
-
-    def locked(path, *a, **kw):
-        if str(path) == name:
-            raise PermissionError(errno.EACCES, "Permission denied", name)
-        return real(path, *a, **kw)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", locked)
-        code, err = outcome(command, capfd)
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
-    assert name in err and "Permission denied" in err
-    assert files() == before
+@pytest.mark.slow
+def test_no_compiler(work, monkeypatch, capfd):
+    """--compile without a C++ compiler."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(work / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent",))
+    code, err = outcome("train --max_iters 1 --compile", capfd)
+    assert code == 1 and last_line(err).startswith("error: torch.compile failed (")
+    assert "--compile=False" in err
 
 
 @pytest.mark.parametrize("resume", ["", "--resume"])
@@ -471,73 +328,42 @@ def test_a_full_disk(work, capfd, flags):
 def test_numbers_that_are_not_finite(work, monkeypatch):
     """The line names the step, and the last good checkpoint, which is kept."""
     loss = lomdm.LoMDM.loss
+    calls = []
 
     def spoilt(self, x):
-        self.calls = getattr(self, "calls", 0) + 1
+        calls.append(x)
         value, metrics = loss(self, x)
-        bad = torch.nan if self.calls == 7 else 1.0
+        bad = torch.nan if len(calls) == 7 else 1.0
         return value * bad, {name: number * bad for name, number in metrics.items()}
 
     monkeypatch.setattr(lomdm.LoMDM, "loss", spoilt)
-    with pytest.raises(UserError, match=r"not finite at step 7; .*last.pt \(step 5\)"):
+    with pytest.raises(UserError, match="not finite at step 7; .*step 5"):
         train("--max_iters 20 --eval_interval 5")
     assert checkpoint("out/last.pt")["step"] == 5
-    with pytest.raises(UserError, match="not finite at step 7; last good .*: none yet"):
-        train("--max_iters 20 --eval_interval 10 --out_dir out2")
-    assert not Path("out2/last.pt").exists()
 
 
-def closed_pipe():
-    """The end of a pipe that nobody reads from: python sample.py | head -1, a moment later."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
-ENDS = {  # the command, where stdout goes, what stderr gets
-    "| tee out.txt": ("train_char.py --data no.txt", "out.txt", "--data no.txt: no such .*"),
-    "| head -1": ("sample.py --out_dir good", closed_pipe, None),
-    "> /dev/full": ("sample.py --out_dir good", "/dev/full", ".*No space left on device"),
+ENDS = {  # where stdout goes: the command, and what stderr gets
+    "| true": ("sample.py --out_dir good", ""),
+    "> /dev/full": ("sample.py --out_dir good", "error: .*No space left on device\n"),
 }
 
 
-@pytest.mark.parametrize("command,where,line", ENDS.values(), ids=ENDS)
-def test_the_way_out_of_a_script(world, command, where, line):
-    """It has exit code 1, without a traceback, and also if stdout takes no more."""
-    script, *argv = command.split()
-    path = where if where == "/dev/full" else world / "out.txt"
-    stdout = closed_pipe() if where is closed_pipe else os.open(path, os.O_CREAT | os.O_WRONLY)
-    argv = [sys.executable, str(ROOT / script), *argv]
-    got = subprocess.run(argv, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=world)
-    os.close(stdout)
-    assert got.returncode == 1
-    assert re.fullmatch(f"error: {line}\n" if line else "", got.stderr), got.stderr
-    assert where != "out.txt" or path.read_text() == ""
+@pytest.mark.parametrize("where", ENDS)
+def test_stdout_that_takes_no_more(world, where):
+    """Exit code 1, and no traceback, also not from Python's last flush."""
+    command, line = ENDS[where]
+    shell = f"{sys.executable} {ROOT}/{command} {where}"
+    run = ["bash", "-o", "pipefail", "-c", shell]
+    got = subprocess.run(run, stderr=subprocess.PIPE, text=True, cwd=world)
+    assert got.returncode == 1 and re.fullmatch(line, got.stderr), got.stderr
 
 
-# ---- impatience -----------------------------------------------------------------------------
+# ---- impatience ----------------------------------------------------------------------------
 
-LONG = BASE + "--eval_interval 100000 --max_iters 100000 "
 GO_ON = "all saved; go on with: python train_char.py --resume --out_dir out"
-KILLS = int(os.environ.get("KILLS", 3))  # 20 in the long version
 
 
-def start(flags, **how):
-    argv = [sys.executable, str(ROOT / "train_char.py"), *flags.split()]
-    how = {"stderr": subprocess.PIPE, "text": True} | how
-    return subprocess.Popen(argv, **how)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):  # no log so far, or half a line
-            if condition():
-                return
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_at_once(work, capfd, number):
     """It ends after this step, not only after the next line of the log, with exit code 128 +
     signal. Before the first validation there is no best checkpoint, which is said."""
@@ -546,8 +372,6 @@ def test_a_signal_ends_a_run_at_once(work, capfd, number):
     assert code == 128 + number and last_line(err) == f"stopped at step 7, {GO_ON}"
     assert "stopping after this step; saving ... (again: without saving)\n" in err
     assert checkpoint("out/last.pt")["step"] == 7 and not Path("out/ckpt.pt").exists()
-    with pytest.raises(UserError, match="only last.pt: no validation yet: --resume goes on"):
-        train("--resume --max_iters 2", base="")
 
 
 def test_ctrl_c_twice(work, capfd, monkeypatch):
@@ -577,51 +401,43 @@ def test_ctrl_c_while_nothing_is_to_be_saved(world, monkeypatch, capfd, script, 
     assert files() == before
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT twice"])
-def test_a_signal_from_outside(work, how):
-    """It is acknowledged at once, and nothing is lost, as the run goes on to the same weights.
-    Two presses of Ctrl-C within 50 ms are one."""
-    number = getattr(signal, how.split()[0])
-    run = start(LONG)
-    wait_for(lambda: len(figures("out", "nelbo")) >= 2)
-    run.send_signal(number)
-    if "twice" in how:
-        time.sleep(0.05)
+def wait_for(condition, run):
+    """Until there is a log that fulfils the condition."""
+    while run.poll() is None:
+        with contextlib.suppress(OSError, ValueError):  # no log so far, or half a line
+            if condition():
+                return
+        time.sleep(0.01)
+    raise AssertionError(run.stderr.read())
+
+
+QUICK = {("lomdm", signal.SIGTERM), ("loa3", signal.SIGKILL)}
+FROM_OUTSIDE = [
+    pytest.param(model, number, marks=[] if (model, number) in QUICK else pytest.mark.slow)
+    for model in SIX
+    for number in (signal.SIGTERM, signal.SIGKILL)
+]
+
+
+@pytest.mark.parametrize("model,number", FROM_OUTSIDE)
+def test_a_signal_from_outside(work, model, number):
+    """SIGTERM saves, and kill -9 may come while the run trains, validates or writes. Both
+    checkpoints always load, the folder is free, and with --resume it is the unbroken run,
+    bit for bit, with its log."""
+    flags = f"{BASE} --model {model} --max_iters 3000 --warmup_iters 10 "
+    flags += "--eval_windows 2 --eval_interval 1 --log_interval 1"
+    argv = [sys.executable, str(ROOT / "train_char.py"), *flags.split()]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(argv, **pipes) as run:
+        wait_for(lambda: max(figures("out", "nelbo")) >= 3, run)
+        time.sleep(random.uniform(0, 0.1))
         run.send_signal(number)
-    err = run.communicate(timeout=60)[1]
-    assert run.returncode == 128 + number and "error" not in err
-    assert "stopping after this step; saving" in err and last_line(err).endswith(GO_ON)
+        err = run.communicate(timeout=60)[1]
+    if number == signal.SIGTERM:
+        assert run.returncode == 128 + number and last_line(err).endswith(GO_ON)
+
     at = checkpoint("out/last.pt")["step"]
-    assert at >= 20
-
+    assert at >= 2 and checkpoint("out/ckpt.pt")["step"] <= at
     stopped(at + 3, "--resume", base="")
-    stopped(at + 3, f"{LONG} --out_dir whole", base="")
-    for key in ("step", "model", "optimizer"):
-        assert same(checkpoint("out/last.pt")[key], checkpoint("whole/last.pt")[key]), key
-
-
-def test_kill_at_any_moment(work):
-    """kill -9 may come while it trains, validates or writes. Both checkpoints always load, the
-    folder is free, training goes on, and in the end it is the run that was never killed."""
-    rng = random.Random(1)
-    flags = f"{BASE} --n_embd 64 --max_iters 3000 --warmup_iters 10 --eval_windows 2 "
-    flags += "--eval_interval 1 --log_interval 1"
-    begun = 0
-    for _ in range(KILLS):
-        logged = max(figures("out", "nelbo")) if begun else 0
-        run = start("--resume" if begun else flags, stdout=subprocess.DEVNULL)
-        wait_for(lambda: max(figures("out", "nelbo")) > logged)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.5))
-        assert run.poll() is None, run.stderr.read()
-        run.kill()
-        run.communicate()
-        if Path("out/last.pt").exists():
-            assert checkpoints.load("out/ckpt.pt", train_char.make_model)
-            ckpt, _ = checkpoints.load("out/last.pt", train_char.make_model)
-            assert ckpt["step"] >= begun
-            begun = ckpt["step"]
-
-    assert begun > KILLS and not any(p.name != "out" for p in work.glob("out*"))
-    stopped(begun + 2, "--resume", base="")
-    stopped(begun + 2, f"{flags} --out_dir whole", base="")
+    stopped(at + 3, f"{flags} --out_dir whole", base="")
     same_runs("whole", "out")

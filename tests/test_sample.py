@@ -50,17 +50,11 @@ def texts(out):
     return [text.split("\n", 1)[1] for text in out.split("--- sample")[1:]]
 
 
-def text_and_order(out):
-    """The text of the one sample printed, and the digits below, a line end as a character."""
-    lines = out.splitlines()[2:]
-    return "".join(lines[::2]), "".join(lines[1::2])
-
-
 def load(model):
     return sample.checkpoint.load(Path(model, "ckpt.pt"), train_char.make_model)
 
 
-# ---- on the command line --------------------------------------------------------------------
+# ---- on the command line -------------------------------------------------------------------
 
 
 def test_prompt_seed_and_order(draw):
@@ -76,53 +70,31 @@ def test_prompt_seed_and_order(draw):
     assert len(digits) == 2  # six given characters begin both samples
 
 
-@pytest.mark.parametrize("model", ["lomdm", "a3"])
-def test_gaps_and_underscores(draw, model):
-    r"""Gaps are filled, the rest is kept; \_ stands for the character itself."""
-    found = texts(draw(model, "--num_samples 2", infill=r"e\_\_ __ or _o"))
-    assert len(found) == 2
-    assert all(text[:4] == "e__ " and text[6:10] == " or " for text in found)
-
-
 @pytest.mark.parametrize(
-    "flags,calls",
+    "flags,revealed_at",
     [
-        ("", "0123"),
-        ("--per_step 2", "0011"),
-        ("--by left --per_step 3", "0001"),
-        ("--by random --per_step 4", "0000"),
+        ("", "...0369"),
+        ("--per_step 2", "...0099"),
+        ("--by left --per_step 3", "...0009"),
+        ("--by random --per_step 4", "...0000"),
     ],
 )
-def test_a3_decoding(draw, flags, calls):
+def test_a3_decoding(draw, flags, revealed_at):
     """An A3 reveals --per_step characters a call, from the left if nothing else is said."""
     out = draw("a3", f"--num_samples 1 --show order {flags}", infill="to ____")
-    text, revealed_at = text_and_order(out)
-    most = max(1, len(set(calls)) - 1)
-    assert text[:3] == "to " and len(text) == 7
-    assert revealed_at == "..." + "".join(str(9 * int(call) // most) for call in calls)
-
-
-def test_a3_by_a_rule(draw):
-    out = draw("a3", "--num_samples 1 --show order --by entropy", infill="to __ or")
-    text, revealed_at = text_and_order(out)
-    assert text[:3] == "to " and text[5:] == " or" and revealed_at in ("...09...", "...90...")
+    lines = out.splitlines()[2:]  # a line end may be drawn, and breaks them
+    assert "".join(lines[::2]).startswith("to ") and "".join(lines[1::2]) == revealed_at
 
 
 @pytest.mark.parametrize("model", BLOCKS)
 def test_every_model_by_every_rule(draw, model):
+    r"""Gaps are filled, the rest is kept; \_ stands for the character itself."""
     for by in sample.RULES:
         if (model, by) != ("a3", "order"):
             flags = f"--num_samples 2 --by {by} --top_p 0.9 --top_k 5"
-            found = texts(draw(model, flags, infill="to __, or n_"))
+            found = texts(draw(model, flags, infill=r"to __, or\_n_"))
             assert len(found) == 2
-            assert all(text[:3] == "to " and text[5:11] == ", or n" for text in found)
-
-
-@pytest.mark.parametrize("model", ["lomdm", "a3"])
-def test_tiny_temperatures(draw, model):
-    """They are as good as 0, and nothing is divided by them."""
-    cold = draw(model, "--temperature 0")
-    assert cold == draw(model, "--temperature 1e-46") == draw(model, "--temperature 1e-300")
+            assert all(text[:3] == "to " and text[5:11] == ", or_n" for text in found)
 
 
 @pytest.mark.parametrize("model", ["a3", "loa3"])
@@ -141,32 +113,18 @@ def test_files(draw):
     assert Path("new/a.svg").read_text().startswith("<svg")
 
 
-@pytest.mark.parametrize("length", [5, 50])
-def test_length(draw, length):
-    flags = f"--num_samples 2 --length {length} --html a.html"
-    for text in texts(draw("arm", flags, prompt="to b")):
-        body = text.split("\nwrote")[0].rstrip("\n")
-        assert body.startswith("to b") and abs(len(body) - length) <= 2  # a last line end
-
-
-def test_a_prompt_longer_than_the_window(draw):
+def test_length(draw):
+    """The window slides; a prompt may be longer than it, which is said."""
+    for length in 5, 50:
+        for text in texts(draw("arm", f"--num_samples 2 --length {length}", prompt="to b")):
+            body = text.rstrip("\n")
+            assert body.startswith("to b") and abs(len(body) - length) <= 2  # a last line end
     out = draw("arm", "--length 30", prompt="to be, or not to be")
     assert "it reads the end of the prompt only" in out
     assert all(text.startswith("to be, or not to be") for text in texts(out))
 
 
-# ---- beyond the window ----------------------------------------------------------------------
-
-
-def test_a_template_is_what_is_given():
-    r"""Gaps are [MASK], \_ is a character, and without either nothing is."""
-    ckpt, net = load("lomdm")
-    tokenizer = sample.tokenizer_of(**ckpt["tokenizer"])
-    given = sample.Settings(infill=r"\_to_be")
-    ids = sample.template(given, tokenizer, net.mask_id)
-    assert ids.index(net.mask_id) == 3 and ids.count(net.mask_id) == 1
-    assert "".join(tokenizer.pieces(ids[:3] + ids[4:])) == "_tobe"
-    assert sample.template(sample.Settings(), tokenizer, net.mask_id) == []
+# ---- beyond the window ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [3, 16, 20])
@@ -196,22 +154,19 @@ def test_texts_beyond_the_window(monkeypatch, model, given):
     assert torch.equal(x[:, :given], prompt)
     assert (at[:, :given] == -1).all() and (at[:, given:] >= 0).all()
 
-    n, last_call = given, -1
+    n = given
+    last_call = -1
     for z, y, _ in windows:
         begin = 0 if n < L else n - keep
         assert torch.equal(z[:, : n - begin], x[:, begin:n])
         assert (z[:, n - begin :] == net.mask_id).all()
-        before, n = n, min(45, begin + L)
+        before = n
+        n = min(45, begin + L)
         assert z.shape[1] == -(-(n - begin) // K) * K  # no more than its whole blocks
         assert torch.equal(y[:, : n - begin], x[:, begin:n])
         assert at[:, before:n].min() > last_call
         last_call = at[:, before:n].max()
     assert n == 45
-
-    calls = at[0, given:].unique()  # a diffusion model fills whole windows, then they are cut
-    if K > 1:
-        calls = calls.argsort()
-    assert torch.equal(calls, torch.arange(len(calls)))
 
 
 def test_texts_end_at_their_end(monkeypatch):

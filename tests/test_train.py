@@ -5,7 +5,6 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import random
 import re
 import signal
@@ -20,7 +19,6 @@ import tiktoken
 import torch
 
 import a3
-import lomdm
 import sample
 import train_char
 from beyond import loa3
@@ -33,7 +31,7 @@ CPU = torch.device("cpu")
 QUIET = "--device cpu --num_samples 0 --data_dir tokens "
 TINY = QUIET + "--n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_size 4 "
 BASE = "--data text.txt " + TINY
-STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+SIX = "arm", "mdm", "block --block_len 4", "lomdm", "a3 --shares 0.3,0.3,0.4", "loa3"
 
 
 @pytest.fixture
@@ -53,7 +51,6 @@ def train(flags, base=BASE):
 @contextlib.contextmanager
 def signals_in(n, *numbers):
     """In the midst of step n of a run, these signals come."""
-    handlers = {each: signal.getsignal(each) for each in STOPS}
     train_step = train_char.train_step
 
     def step(s, at, *rest):
@@ -62,12 +59,8 @@ def signals_in(n, *numbers):
                 signal.raise_signal(number)
         return train_step(s, at, *rest)
 
-    try:
-        with mock.patch.object(train_char, "train_step", step):
-            yield
-    finally:  # a run that was stopped leaves signals ignored
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+    with mock.patch.object(train_char, "train_step", step):
+        yield
 
 
 def stopped(n, flags, base=BASE):
@@ -105,9 +98,9 @@ def same(a, b):
 
 def same_runs(a, b):
     """Two runs with the same weights, optimizer, best checkpoint and log, bit for bit."""
-    for name in ("last.pt", "ckpt.pt"):
+    for name, keys in ("last.pt", "step model best optimizer"), ("ckpt.pt", "step model best"):
         one, two = checkpoint(f"{a}/{name}"), checkpoint(f"{b}/{name}")
-        for key in ("step", "model", "best", "optimizer")[: 4 if name == "last.pt" else 3]:
+        for key in keys.split():
             assert same(one[key], two[key]), (name, key)
     logs = [rows(a)[1:], rows(b)[1:]]
     for row in itertools.chain(*logs):
@@ -117,29 +110,31 @@ def same_runs(a, b):
 
 
 def reload():
-    """The settings and the model of out/ckpt.pt."""
+    """The settings and the model of out/ckpt.pt, and its best figure."""
     ckpt, model = checkpoints.load("out/ckpt.pt", train_char.make_model)
-    return train_char.Settings(**ckpt["settings"]), model.eval(), ckpt
+    return train_char.Settings(**ckpt["settings"]), model.eval(), ckpt["best"]
 
 
-# ---- training -------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------
+
+BY_TIME = [pytest.param(f"{name}-by-time", marks=pytest.mark.slow) for name in ("mdm", "lomdm")]
 
 
-@pytest.mark.parametrize("model", train_char.TO_TRAIN)
+@pytest.mark.parametrize("model", [*SIX, *BY_TIME])
 def test_training_learns_and_samples(work, capsys, model):
     """Each model gets below the frequencies of the characters, 1.951 nats, and fills gaps."""
-    Path("text.txt").write_text("to be or not\n" * 400)
-    flags = "--batch_size 16 --max_iters 300 --eval_interval 100 --learning_rate 1e-2"
-    block_len = "--block_len 4" if model == "block" else ""
-    train(f"--model {model} {flags} --warmup_iters 10 {block_len}")
+    Path("text.txt").write_text("to be or not\n" * 100)
+    flags = "--max_iters 160 --batch_size 16 --learning_rate 2e-2 --warmup_iters 10"
+    train(f"--model {model} {flags} --eval_interval 80")
 
+    name = model.split()[0]
     header, first, *_ = rows()
-    assert header["settings"]["model"] == model and header["settings"]["data"] == "text.txt"
-    if model != "a3":
+    assert header["settings"]["model"] == name and header["settings"]["data"] == "text.txt"
+    if name != "a3":
         assert first["nelbo"] == pytest.approx(first["recon"] + first["order"], rel=1e-5)
-    kind = {"arm": "exact", "a3": "exact, random order"}.get(model, "bound")
+    kind = {"arm": "exact", "a3": "exact, random order"}.get(name, "bound")
     val = [row["val"] for row in rows() if row.get("kind") == kind]
-    assert len(val) == 3 and val[-1] < val[0]
+    assert len(val) == 2 and val[-1] < val[0]
     assert val[-1] < (0.3 if model == "arm" else 1.8)
     assert checkpoint("out/ckpt.pt")["best"] == min(val)
     assert f"({kind})" in capsys.readouterr().out
@@ -153,8 +148,7 @@ def test_training_learns_and_samples(work, capsys, model):
         assert drawn[:6] == "ot\nto " and drawn[8:12] == " or " and drawn[13:15] == "ot"
 
 
-@pytest.mark.parametrize("model", ["lomdm", "a3"])
-def test_training_on_tokens(work, capsys, monkeypatch, model):
+def test_training_on_tokens(work, capsys, monkeypatch):
     """GPT-2's rule for cutting text, here with three merges: no vocabulary is needed."""
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     ranks = {bytes([i]): i for i in range(256)} | {b" t": 256, b" th": 257, b" the": 258}
@@ -163,11 +157,10 @@ def test_training_on_tokens(work, capsys, monkeypatch, model):
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: toy)
     Path("a.jsonl").write_text('{"text": "the ab the ab the"}\n' * 300)
-    flags = f"--model {model} --data a.jsonl --tokenizer gpt2 --num_samples 2"
-    train(f"{flags} --max_iters 60 --learning_rate 1e-2 --eval_interval 60 --batch_size 16")
+    train("--data a.jsonl --tokenizer gpt2 --num_samples 2 --max_iters 40 --learning_rate 2e-2")
     out = capsys.readouterr().out
     assert "301 different" in out and "nats/token, perplexity" in out and "--- sample 2" in out
-    assert next(row["val"] for row in rows() if "val" in row) < 3  # log 301 is 5.7
+    assert next(row["val"] for row in rows() if "val" in row) < 4  # log 301 is 5.7
 
     sample.main(["--device", "cpu", "--num_samples", "1", "--infill", "the ab__ab"])
     text = capsys.readouterr().out.split("--- sample 1\n")[1]
@@ -182,8 +175,7 @@ def test_learning_rate():
 
 
 def test_what_is_random_follows_from_seed_step_and_micro_batch():
-    """Windows and later draws are the same for the same three, and others otherwise. The seeds
-    of a step's micro-batches are not those of another step, nor that of no micro-batch."""
+    """Windows and later draws are the same for the same three, and others otherwise."""
     text = np.arange(3000, dtype=np.uint16)
     s = train_char.Settings(seq_len=16, batch_size=4)
 
@@ -197,9 +189,6 @@ def test_what_is_random_follows_from_seed_step_and_micro_batch():
     drawn = [draw(*key) for key in keys]
     assert len(set(drawn)) == len(set(d[-3:] for d in drawn)) == len(keys)
     assert [draw(*key) for key in keys] == drawn
-    plain = np.random.SeedSequence((7, 1)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(plain))
-    assert torch.randint(2985, (4,)).tolist() != list(draw(7, 1, 0)[:4])
 
 
 def test_the_optimizer_knows_what_parameters_are(monkeypatch):
@@ -211,7 +200,6 @@ def test_the_optimizer_knows_what_parameters_are(monkeypatch):
     matrices, vectors, order = optimizer.param_groups
     assert [group["eps"] for group in optimizer.param_groups] == [1e-8, 1e-8, 0.3]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0, 0]
-    assert all(group["betas"] == (0.9, 0.99) for group in optimizer.param_groups)
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}
     assert set(order["params"]) == set(model.order.parameters())
@@ -253,133 +241,100 @@ def test_an_adaptation_goes_through_its_stages():
     assert train_char.loss_arguments(s, 0, x) == {}
 
 
-def test_presets():
+def test_presets(work, monkeypatch):
     """gpt2 is GPT-2 small, of half a million tokens a step; film has windows of one film."""
-    s = train_char.Settings(preset="gpt2", model="arm", n_layer=1)
+    s = train_char.Settings(preset="gpt2", model="arm")
     train_char.settle(s, CPU)
     assert s.batch_size * s.gradient_accumulation_steps * s.seq_len == 2**19
-    assert (s.n_layer, s.n_embd, s.learning_rate) == (1, 768, 6e-4)
     assert (s.dtype, s.compile) == ("float32", False)
     with torch.device("meta"):
         model = train_char.new_model(s, 50257)
-    n = {name: p.numel() for name, p in model.named_parameters()}
-    block = sum(v for name, v in n.items() if name.startswith("blocks."))
-    assert block == 768 * 768 * 4 + 3 * 768 * 2048 + 2 * 768
-    assert model.lm_head.weight.shape == (50304, 768) and model.config.vocab_size == 50257
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    assert blocks == 12 * (768 * 768 * 4 + 3 * 768 * 2048 + 2 * 768)
 
-    s = train_char.Settings(preset="film", model="loa3", text_len=68)
-    train_char.settle(s, CPU)
-    assert (s.n_layer, s.n_embd, s.seq_len) == (3, 64, 68)
+    films = data.films
+    monkeypatch.setattr(data, "films", lambda n, *how: films(n // 100, *how))
+    train("--model arm --preset film --max_iters 1", base=QUIET)
+    s = checkpoint("out/ckpt.pt")["settings"]
+    assert s["data"] == "automaton" and s["seq_len"] == 68
 
 
-# ---- resumption -----------------------------------------------------------------------------
-
-SIX = "arm", "mdm", "block --block_len 4", "lomdm", "a3 --shares 0.3,0.3,0.4", "loa3"
+# ---- resumption ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", SIX)
 def test_resume_is_exact(work, model):
-    """A run that a signal stopped in step 7 and again in step 13 is the unbroken run, bit for
-    bit. Another seed is another run."""
-    flags = f"--model {model} --dropout 0.1 --max_iters 20 --eval_interval 5 --log_interval 1"
+    """A run that a signal stopped in step 4 and again in step 7 is the unbroken run, bit
+    for bit. Another seed is another run."""
+    flags = f"--model {model} --dropout 0.1 --max_iters 10 --eval_interval 3 --log_interval 1"
     train(f"{flags} --out_dir whole")
-    stopped(7, f"{flags} --out_dir parts")
-    assert checkpoint("parts/last.pt")["step"] == 7
-    stopped(13, "--resume --out_dir parts", base="")
+    stopped(4, f"{flags} --out_dir parts")
+    stopped(7, "--resume --out_dir parts", base="")
     train("--resume --out_dir parts", base="")
     same_runs("whole", "parts")
-    assert len(figures("parts", "nelbo")) == 20 and len(figures("parts", "val")) == 4
+    assert len(figures("parts", "nelbo")) == 10 and len(figures("parts", "val")) == 4
 
     train(f"{flags} --out_dir other --seed 7")
-    weights = [checkpoint(f"{out}/last.pt")["model"] for out in ("whole", "other")]
-    assert not same(*weights)
+    assert not same(*(checkpoint(f"{out}/last.pt")["model"] for out in ("whole", "other")))
 
 
-def test_resume_remembers_the_best(work):
-    """A checkpoint that is worse than one before the stop does not become ckpt.pt."""
+def test_resume_remembers_the_best(work, capsys):
+    """A checkpoint that is worse than one before the stop does not become ckpt.pt. A
+    finished run is left as it is."""
     train("--max_iters 2 --eval_interval 1")
     torch.save(checkpoint("out/last.pt") | {"best": 0.5}, "out/last.pt")
-    before = Path("out/ckpt.pt").read_bytes()
-    train("--resume --max_iters 4", base="")
-    assert checkpoint("out/last.pt")["best"] == 0.5
-    assert Path("out/ckpt.pt").read_bytes() == before
-
-
-def test_a_finished_run_is_not_validated_again(work, capsys):
-    """--resume of it changes neither its log nor its checkpoints."""
-    train("--max_iters 4 --eval_interval 2")
     before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
     train("--resume", base="")
-    assert "already at step 4" in capsys.readouterr().out
+    assert "already at step 2" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in Path("out").iterdir()} == before
 
+    train("--resume --max_iters 4", base="")
+    assert checkpoint("out/last.pt")["best"] == 0.5
+    assert Path("out/ckpt.pt").read_bytes() == before["ckpt.pt"]
 
-def test_resume_survives_a_move_and_a_torn_log(work, capsys):
-    """A folder that was renamed goes on where it is, and a half-written log never blocks
-    weights."""
-    train("--max_iters 4 --eval_interval 2 --out_dir before")
+
+def test_resume_survives_a_move(work):
+    """A folder that was renamed goes on where it is, and may have other steps and another
+    rate."""
+    train("--max_iters 4 --out_dir before")
     Path("before").rename("after")
     Path("text.txt").rename("moved.txt")
-    with open("after/log.jsonl", "a") as f:
-        f.write('1}\n{"step": 99}\n{"step": 3, "loss"')
-    train("--resume --out_dir after --max_iters 6 --data moved.txt", base="")
-    assert checkpoint("after/last.pt")["step"] == 6 and not Path("before").exists()
-    steps = [row.get("step", 0) for row in rows("after")]
-    assert steps == sorted(steps) and steps[-1] == 6
-
-    capsys.readouterr()
-    train("--resume --out_dir after --max_iters 2", base="")
-    assert "already at step 6" in capsys.readouterr().out
-    train("--resume --out_dir after --max_iters 7 --learning_rate 1e-5", base="")
+    train("--resume --out_dir after --max_iters 6 --data moved.txt --learning_rate 1e-5", base="")
     assert checkpoint("after/last.pt")["settings"]["learning_rate"] == 1e-5
-    assert figures("after", "lr")[7] <= 1e-5
+    assert not Path("before").exists() and max(figures("after", "lr")) == 6
+    assert figures("after", "lr")[6] <= 1e-5
 
 
-def test_an_earlier_run_is_kept(work):
-    """A new run in its folder moves it to out.1."""
-    train("--max_iters 2 --seed 1")
-    before = checkpoint("out/last.pt")
-    train("--max_iters 2 --seed 2")
-    assert same(before, checkpoint("out.1/last.pt")) and Path("out.1/log.jsonl").exists()
-    assert not same(before["model"], checkpoint("out/last.pt")["model"])
+# ---- validation ----------------------------------------------------------------------------
 
 
-def test_a_run_that_is_ending_is_waited_for(work, monkeypatch):
-    """--resume reads last.pt when nobody can write to it any more."""
-    train("--max_iters 2")
-    order = []
-    load, lock = checkpoints.load, checkpoints.only_run
-    monkeypatch.setattr(checkpoints, "load", lambda *a: order.append("load") or load(*a))
-    monkeypatch.setattr(checkpoints, "only_run", lambda out: order.append("lock") or lock(out))
-    train("--resume --max_iters 3", base="")
-    assert order[:2] == ["lock", "load"] and order.count("lock") == 1
-
-
-# ---- validation -----------------------------------------------------------------------------
+def validation_windows():
+    """The 18 whole windows of 16 in the last tenth of text.txt."""
+    val = data.load("text.txt", folder="tokens").val
+    assert len(val) == 300
+    return val, torch.from_numpy(val.astype("int64"))[:288].view(18, 16)
 
 
 def test_validation_covers_the_split_and_repeats(work):
     """It is the mean over all whole windows, and the same number each time."""
-    train("--model arm --max_iters 3 --eval_interval 3")
-    s, model, ckpt = reload()
-    val = data.load("text.txt", folder="tokens").val
-    assert len(val) == 300 and len(val) % 16
+    train("--model arm --max_iters 3")
+    s, model, best = reload()
+    val, x = validation_windows()
     [(figure, mean, error)] = train_char.estimate_loss(model, val, s, CPU)
-    x = torch.from_numpy(val.astype("int64"))[:288].view(18, 16)
     nats = model.nelbo(x).double() / 16
     assert figure == "exact"
-    assert mean == pytest.approx(nats.mean().item(), rel=1e-5) == ckpt["best"]
+    assert mean == pytest.approx(nats.mean().item(), rel=1e-5) == best
     assert error == pytest.approx(nats.std().item() / 18**0.5, rel=1e-5)
 
-    train("--model lomdm --max_iters 3 --eval_interval 3")
-    s, model, ckpt = reload()
+    train("--model lomdm --max_iters 3")
+    s, model, best = reload()
     first = train_char.estimate_loss(model, val, s, CPU)
     torch.rand(10)
-    assert train_char.estimate_loss(model, val, s, CPU) == first
-    assert first[0][1] == ckpt["best"]
+    assert train_char.estimate_loss(model, val, s, CPU) == first and first[0][1] == best
 
 
-def test_validation_windows_are_spread(monkeypatch):
+@pytest.mark.parametrize("most,begins", [(5, [0, 8, 16, 24, 32]), (10, list(range(0, 40, 4)))])
+def test_validation_windows_are_spread(monkeypatch, most, begins):
     """--eval_windows of them at even distances, the same for every model; all if there are
     fewer. A model is in eval mode meanwhile, and in train mode afterwards."""
     seen = []
@@ -387,20 +342,15 @@ def test_validation_windows_are_spread(monkeypatch):
     class Sum(torch.nn.Module):
         def nelbo(self, x, generator, times):
             assert not self.training
-            seen.extend(x.tolist())
+            seen.extend(x[:, 0].tolist())
             return x.double().sum(1) * times
 
-    monkeypatch.setattr(train_char, "figures_of", lambda model: {"sum": {"times": 1}})
-    s = train_char.Settings(model="mdm", seq_len=4, eval_windows=5)
+    monkeypatch.setattr(train_char, "figures_of", lambda model: {"sum": {"times": 2}})
+    s = train_char.Settings(model="mdm", seq_len=4, eval_windows=most)
     val, model = np.arange(42, dtype=np.uint16), Sum()
     [(_, mean, _)] = train_char.estimate_loss(model, val, s, CPU)
-    assert [row[0] for row in seen] == [0, 8, 16, 24, 32] and mean == np.mean(seen)
+    assert seen == begins and mean == 2 * np.mean([x + 1.5 for x in begins])
     assert model.training
-
-    seen.clear()
-    s.eval_windows = 10
-    [(_, mean, _)] = train_char.estimate_loss(model, val, s, CPU)
-    assert [row[0] for row in seen] == [*range(0, 40, 4)] and mean == val[:40].mean()
 
 
 EXACT = {"exact, random order": 1, "exact, left to right": 0}  # size of random groups, or 0
@@ -415,11 +365,10 @@ def test_figures_of_two_streams_are_what_they_say(work, name):
     """Each is computed here anew, with the draws of the same generator."""
     train(f"--model {name} --max_iters 3")
     s, model, _ = reload()
-    val = data.load("text.txt", folder="tokens").val
+    val, x = validation_windows()
     found = train_char.estimate_loss(model, val, s, CPU)
     assert [figure for figure, _, _ in found] == list(TWO_STREAMS[name])
 
-    x = torch.from_numpy(val.astype("int64"))[:288].view(18, 16)
     for (_, mean, _), size in zip(found, TWO_STREAMS[name].values(), strict=True):
         g = torch.Generator().manual_seed(1)
         if size is None:
@@ -432,21 +381,9 @@ def test_figures_of_two_streams_are_what_they_say(work, name):
         assert mean == pytest.approx(nats.mean().item(), rel=1e-5)
 
 
-def test_a_bad_figure_is_saved_all_the_same(work, monkeypatch):
-    """It may be more nats than a perplexity can be made of."""
-    many = lambda _, x, **how: x.new_full((len(x),), 16_000)  # noqa: E731
-    monkeypatch.setattr(lomdm.LoMDM, "nelbo", many)
-    train("--max_iters 2")
-    assert rows()[-1]["val"] == 1000 and checkpoint("out/ckpt.pt")["step"] == 2
-
-
-# ---- lists of texts -------------------------------------------------------------------------
-
-
 def test_windows_of_a_list_begin_with_its_texts(work, monkeypatch):
     """In training and in validation, though the last tenth of the file begins amid a text."""
-    texts = [f"{i:03d}:" + "ab" * 6 for i in range(305)]  # 16 characters each
-    Path("list.txt").write_text("".join(texts))
+    Path("list.txt").write_text("".join(f"{i:03d}:" + "ab" * 6 for i in range(305)))
     seen = []
     real = train_char.windows
     monkeypatch.setattr(train_char, "windows", lambda *a: seen.append(real(*a)) or seen[-1])
@@ -454,25 +391,9 @@ def test_windows_of_a_list_begin_with_its_texts(work, monkeypatch):
     colon = data.load("list.txt", folder="tokens").tokenizer.encode(":")[0]
     x = torch.cat(seen)
     assert (x[:, 3] == colon).all() and len(x) == 3 * 16 + 30
-    assert len(seen[-1]) == 30  # of the 31 texts in 488 characters, the first is cut
 
 
-@pytest.mark.parametrize("text_len,more", [(16, ""), (13, "--val_data b.txt")])
-def test_what_is_no_list_of_texts(work, text_len, more):
-    Path("text.txt").write_text("to be or not\n" * 170)  # 17 times 130
-    Path("b.txt").write_text("or not\n" * 100)
-    with pytest.raises(UserError, match="no list of texts of --text_len"):
-        train(f"--text_len {text_len} --seq_len {text_len} --max_iters 1 {more}")
-
-
-def test_films_are_lists_of_texts(work):
-    """The preset takes the films and their length."""
-    train("--model arm --preset film --max_iters 1 --eval_windows 10", base=QUIET)
-    s = checkpoint("out/ckpt.pt")["settings"]
-    assert s["data"] == "automaton" and s["seq_len"] == s["text_len"] == 68
-
-
-# ---- from an ARM ----------------------------------------------------------------------------
+# ---- from an ARM ---------------------------------------------------------------------------
 
 ADAPT = f"--data text.txt {QUIET} --batch_size 4 --max_iters 1 --model a3 --init_from arm "
 
@@ -487,8 +408,6 @@ def test_a3_starts_from_an_arm(work):
         weights = adapted["model"][name], arm["model"][name]
         torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     assert adapted["config"]["dropout"] == adapted["settings"]["dropout"] == 0.1
-    train("--dropout 0.2", base=ADAPT)
-    assert checkpoint("out/ckpt.pt")["config"]["dropout"] == 0.2
 
     with pytest.raises(UserError, match="--n_embd is not that of arm; leave it out"):
         train("--n_embd 32", base=ADAPT)
@@ -497,21 +416,12 @@ def test_a3_starts_from_an_arm(work):
         train("--data other.txt", base=ADAPT)
 
 
-def test_a_list_of_texts_for_an_arm(work):
-    """Windows are the ARM's, and must hold whole texts."""
-    train("--model arm --max_iters 1 --text_len 8 --out_dir arm")
-    train("--text_len 8", base=ADAPT)
-    assert checkpoint("out/ckpt.pt")["config"]["seq_len"] == 16
-    with pytest.raises(UserError, match="--seq_len must hold whole texts, of 68"):
-        train("--data automaton", base=ADAPT)
-    with pytest.raises(UserError, match="--text_len must be at least 1"):
-        train("--text_len 0", base=ADAPT)
+# ---- several processes ---------------------------------------------------------------------
 
 
-# ---- several processes ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["lomdm", "a3 --shares 0.3,0,0.7"])
+@pytest.mark.parametrize(
+    "model", ["lomdm", pytest.param("a3 --shares 0.3,0,0.7", marks=pytest.mark.slow)]
+)
 def test_two_processes_do_what_one_does(work, model):
     """torchrun with two processes has the gradients, and so the weights, losses and figures,
     of one with the same four micro-batches a step, dropout, races and partitions included."""
@@ -520,8 +430,7 @@ def test_two_processes_do_what_one_does(work, model):
     train(f"{flags} --out_dir one", base="")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = [*run, str(ROOT / "train_char.py"), *flags.split(), "--out_dir", "two"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    got = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=240)
+    got = subprocess.run(argv, capture_output=True, text=True, timeout=240)
     assert got.returncode == 0, got.stderr
     assert got.stdout.count("parameters") == 1  # one process prints
 
