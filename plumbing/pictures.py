@@ -6,14 +6,20 @@ call that revealed it, -1 where it was given.
 """
 
 import html
+import itertools
 import json
 import os
+import re
 import sys
+import unicodedata
 from pathlib import Path
 
 from plumbing.checkpoint import write_file
 
 PAGE = Path(__file__).with_name("page.html")  # what page() fills in
+# Control characters, and what overrides the direction of a text. XML lacks the last two.
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+JOINERS = "\u200d\ufe0f"  # they make one emoji of several, or a wide one of a narrow one
 EARLY_TO_LATE = (196, 202, 208, 220, 154, 46, 48, 45, 33, 63)  # xterm colours, red to violet
 
 
@@ -30,51 +36,79 @@ def write(path, text):
 
 
 # ---- as text -------------------------------------------------------------------------------
+def guarded(text):
+    """The text with a dot for each character that commands a terminal."""
+    return COMMANDS.sub("·", text)
+
+
+def columns(c, column):
+    """How many columns of a terminal a character takes, if it begins at this one."""
+    if c == "\t":
+        return 8 - column % 8
+    joins = unicodedata.category(c) in ("Mn", "Me", "Cf")  # accents, vowel signs, joiners
+    if joins or "\u1160" <= c <= "\u11ff" or "\U0001f3fb" <= c <= "\U0001f3ff":
+        return 0  # so are the later parts of a Korean syllable, and tones of skin
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def cells(pieces, revealed_at):
+    """[what it shows, columns, tenth or None if given, does a line end here?] of each place
+    in one sample. What takes no column stands with the character before it. Tenths are those
+    of the calls: 0 for the first .. 9 for the last."""
+    calls = sorted({at for at in revealed_at if at >= 0})
+    tenths = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
+    found = []
+    column = 0
+    for piece, at in zip(pieces, revealed_at, strict=True):
+        for c in guarded(piece):
+            # Wide characters with a joiner between them are one emoji.
+            n = columns(c, column)
+            before, _, _, ended = found[-1] if found else ("", 0, None, True)
+            if not ended and (n == 0 or (n == 2 and before.endswith("\u200d"))):
+                found[-1][0] += c
+                continue
+
+            shown = {"\n": "↵", "\t": " " * n}.get(c, c)
+            found.append([shown, n, tenths.get(at), c == "\n"])
+            column = 0 if c == "\n" else column + n
+    return found
+
+
 def render(pieces, revealed_at, colour):
     """One sample with its order: colours, or a line of digits under each line of text."""
     out = []
     digits = ""
-    for shown, tenth, ends in characters(pieces, revealed_at):
+    for shown, n, tenth, ends in cells(pieces, revealed_at):
         if colour and tenth is not None:
             shown = f"\033[38;5;{EARLY_TO_LATE[tenth]}m{shown}\033[0m"
         out.append(shown)
-        digits += "." if tenth is None else str(tenth)
+        digits += ("." if tenth is None else str(tenth)).ljust(n)[:n]
         if ends:
             out.append("\n" if colour else f"\n{digits}\n")
             digits = ""
 
     if digits and not colour:
-        out.append(f"\n{digits}")
+        out.append(f"\n{digits.rstrip()}")
     return "".join(out)
 
 
-def characters(pieces, revealed_at):
-    """(character to show, tenth or None if given, does a line end here?) of one sample.
-    Tenths are those of the calls: 0 for the first .. 9 for the last."""
-    calls = sorted({at for at in revealed_at if at >= 0})
-    tenths = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
-    for piece, at in zip(pieces, revealed_at, strict=True):
-        for c in piece:
-            yield "↵" if c == "\n" else printable(c), tenths.get(at), c == "\n"
-
-
-def printable(c):
-    return c if c.isprintable() else "·"  # an escape sequence in a text must not reach a terminal
-
-
 def show(samples, order):
-    """Print samples; order: with colours or digits."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Print samples; order: with colours or digits. Only a terminal needs a guard: a file gets
+    the text as it is."""
+    is_terminal = sys.stdout.isatty()
+    colour = is_terminal and "NO_COLOR" not in os.environ
+    texts = ["".join(pieces) for pieces, _ in samples]
     if order and colour:
         scale = "".join(f"\033[38;5;{c}m█" for c in EARLY_TO_LATE)
         print(f"order: revealed first {scale}\033[0m last; plain: given; ↵ ends a line")
     if order and not colour:
         print("order: the digit below says when a character was revealed: 0 first, 9 last, . given")
+        if any(c in JOINERS or direction(c) == "rtl" for c in "".join(texts)):
+            print("order: letters from right to left, and what is joined, may leave their digits")
 
-    for i, (pieces, at) in enumerate(samples):
+    for i, (text, sample) in enumerate(zip(texts, samples, strict=True)):
         print(f"--- sample {i + 1}")
-        plain = "".join(c if c in "\n\t" else printable(c) for c in "".join(pieces))
-        print(render(pieces, at, colour) if order else plain)
+        print(render(*sample, colour) if order else guarded(text) if is_terminal else text)
 
 
 # ---- as a page, as a picture ---------------------------------------------------------------
@@ -88,8 +122,8 @@ def page(samples, about):
 
 def svg(samples, width=72):
     """The samples as a picture, coloured by order, on light and dark grounds alike."""
-    cells = list(cells_of(samples, width))
-    height = 18 * max((row + 2 for row, *_ in cells), default=0) + 24
+    rows = list(rows_of(samples, width))
+    height = 18 * len(rows) + 24
     hues = "".join(f".c{i}{{fill:hsl({15 + 265 * i // 9} 85% 38%)}}" for i in range(10))
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {9 * width + 20} {height}">',
@@ -101,22 +135,46 @@ def svg(samples, width=72):
     # The scale between "first" and "last", and then the text.
     for i in range(10):
         out.append(f'<rect class="c{i}" x="{60 + 9 * i}" y="6" width="9" height="11"/>')
-    for row, column, c, tenth in cells:
-        if c != " ":
-            style = "" if tenth is None else f' class="c{tenth}"'
-            at = f'x="{10 + 9 * column}" y="{42 + 18 * row}"'
-            out.append(f"<text{style} {at}>{html.escape(c)}</text>")
+    for i, row in enumerate(rows):
+        if row:
+            out.append(line_of(row, 42 + 18 * i))
     return "\n".join([*out, "</svg>\n"])
 
 
-def cells_of(samples, width):
-    """(row, column, character, tenth) of every character, in lines of width at the most."""
-    row = 0
-    for pieces, revealed_at in samples:
-        column = 0
-        for shown, tenth, ends in characters(pieces, revealed_at):
-            if column == width:
-                row, column = row + 1, 0
-            yield row, column, shown, tenth
-            row, column = (row + 1, 0) if ends else (row, column + 1)
-        row += 2
+def line_of(row, y):
+    """One text element. Its runs of one colour have no places of their own, so that letters
+    join, wide ones take their room, and each script runs in its direction."""
+    runs = []
+    for tenth, run in itertools.groupby(row, key=lambda cell: cell[2]):
+        text = html.escape("".join(shown for shown, *_ in run))
+        runs.append(text if tenth is None else f'<tspan class="c{tenth}">{text}</tspan>')
+
+    # The first letter decides in which direction the line runs. Not every viewer knows the
+    # attribute for that, but all know the characters.
+    text = "".join(runs)
+    sides = (direction(c) for shown, *_ in row for c in shown)
+    if next(filter(None, sides), "ltr") == "rtl":
+        text = f"\u2067{text}\u2069"
+    return f'<text x="10" y="{y}" xml:space="preserve">{text}</text>'
+
+
+def direction(c):
+    """That of a letter; None for what has none."""
+    return {"L": "ltr", "R": "rtl", "AL": "rtl"}.get(unicodedata.bidirectional(c))
+
+
+def rows_of(samples, width):
+    """The cells of all samples in rows of so many columns at the most, and an empty row after
+    each sample."""
+    for sample in samples:
+        row = []
+        for cell in cells(*sample):
+            if row and sum(n for _, n, *_ in row) + cell[1] > width:
+                yield row
+                row = []
+            row.append(cell)
+            if cell[3]:
+                yield row
+                row = []
+        yield row
+        yield []
