@@ -391,7 +391,7 @@ def train(s, device, corpus, model, ckpt, about):
     saved_at = step
 
     loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
-    unit = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
+    unit = {"unit": "step", "dynamic_ncols": True, "disable": True if RANK else None}
     bar = tqdm(total=s.max_iters, initial=step, **unit)
     model.train()
     pending, began = [], time.perf_counter()

@@ -158,7 +158,7 @@ def read_jsonl(path):
 # ---- tokens --------------------------------------------------------------------------------
 def batches(documents, what):
     """Lists of BATCH documents."""
-    bar = iter(tqdm(documents, what, unit=" documents", delay=2))
+    bar = iter(tqdm(documents, what, unit=" documents", delay=2, disable=None))
     while batch := list(itertools.islice(bar, BATCH)):
         yield batch
 

@@ -19,7 +19,7 @@ from plumbing.checkpoint import write_file
 PAGE = Path(__file__).with_name("page.html")  # what page() fills in
 # Control characters, and what overrides the direction of a text. XML lacks the last two.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-JOINERS = "\u200d\ufe0f"  # they make one emoji of several, or a wide one of a narrow one
+JOINERS = set("\u200d\ufe0f🏻🏼🏽🏾🏿")  # of emoji
 EARLY_TO_LATE = (196, 202, 208, 220, 154, 46, 48, 45, 33, 63)  # xterm colours, red to violet
 
 
@@ -36,19 +36,17 @@ def write(path, text):
 
 
 # ---- as text -------------------------------------------------------------------------------
-def guarded(text):
-    """The text with a dot for each character that commands a terminal."""
-    return COMMANDS.sub("·", text)
+def directions(text):
+    """Of each letter: L, or R or AL from right to left."""
+    return [d for c in text if (d := unicodedata.bidirectional(c)) in ("L", "R", "AL")]
 
 
-def columns(c, column):
-    """How many columns of a terminal a character takes, if it begins at this one."""
-    if c == "\t":
-        return 8 - column % 8
-    joins = unicodedata.category(c) in ("Mn", "Me", "Cf")  # accents, vowel signs, joiners
-    if joins or "\u1160" <= c <= "\u11ff" or "\U0001f3fb" <= c <= "\U0001f3ff":
-        return 0  # so are the later parts of a Korean syllable, and tones of skin
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+def columns(c, before):
+    """How many columns of a terminal a character takes after what stands before it; 0: it
+    joins that, as an accent, a later part of a Korean syllable or of an emoji."""
+    is_mark = unicodedata.category(c) in ("Mn", "Me", "Cf") or "\u1160" <= c <= "\u11ff"
+    is_wide = unicodedata.east_asian_width(c) in "WF"
+    return 0 if is_mark or (is_wide and before.endswith("\u200d")) else 1 + is_wide
 
 
 def cells(pieces, revealed_at):
@@ -57,21 +55,20 @@ def cells(pieces, revealed_at):
     of the calls: 0 for the first .. 9 for the last."""
     calls = sorted({at for at in revealed_at if at >= 0})
     tenths = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
-    found = []
+    found = [["", 0, None, True]]
     column = 0
     for piece, at in zip(pieces, revealed_at, strict=True):
-        for c in guarded(piece):
-            # Wide characters with a joiner between them are one emoji.
-            n = columns(c, column)
-            before, _, _, ended = found[-1] if found else ("", 0, None, True)
-            if not ended and (n == 0 or (n == 2 and before.endswith("\u200d"))):
+        for c in COMMANDS.sub("·", piece):
+            before, _, _, ended = found[-1]
+            n = 8 - column % 8 if c == "\t" else columns(c, before)
+            if n == 0 and not ended:
                 found[-1][0] += c
                 continue
 
             shown = {"\n": "↵", "\t": " " * n}.get(c, c)
             found.append([shown, n, tenths.get(at), c == "\n"])
             column = 0 if c == "\n" else column + n
-    return found
+    return found[1:]
 
 
 def render(pieces, revealed_at, colour):
@@ -97,18 +94,20 @@ def show(samples, order):
     the text as it is."""
     is_terminal = sys.stdout.isatty()
     colour = is_terminal and "NO_COLOR" not in os.environ
-    texts = ["".join(pieces) for pieces, _ in samples]
     if order and colour:
         scale = "".join(f"\033[38;5;{c}m█" for c in EARLY_TO_LATE)
         print(f"order: revealed first {scale}\033[0m last; plain: given; ↵ ends a line")
     if order and not colour:
         print("order: the digit below says when a character was revealed: 0 first, 9 last, . given")
-        if any(c in JOINERS or direction(c) == "rtl" for c in "".join(texts)):
+        text = "".join(itertools.chain.from_iterable(pieces for pieces, _ in samples))
+        if {"R", "AL"} & {*directions(text)} or JOINERS & {*text}:
             print("order: letters from right to left, and what is joined, may leave their digits")
 
-    for i, (text, sample) in enumerate(zip(texts, samples, strict=True)):
+    for i, (pieces, at) in enumerate(samples):
         print(f"--- sample {i + 1}")
-        print(render(*sample, colour) if order else guarded(text) if is_terminal else text)
+        text = "".join(pieces)
+        plain = COMMANDS.sub("·", text) if is_terminal else text
+        print(render(pieces, at, colour) if order else plain)
 
 
 # ---- as a page, as a picture ---------------------------------------------------------------
@@ -149,18 +148,11 @@ def line_of(row, y):
         text = html.escape("".join(shown for shown, *_ in run))
         runs.append(text if tenth is None else f'<tspan class="c{tenth}">{text}</tspan>')
 
-    # The first letter decides in which direction the line runs. Not every viewer knows the
-    # attribute for that, but all know the characters.
+    # Where the first letter runs from right to left, the line does.
     text = "".join(runs)
-    sides = (direction(c) for shown, *_ in row for c in shown)
-    if next(filter(None, sides), "ltr") == "rtl":
+    if directions("".join(shown for shown, *_ in row))[:1] not in ([], ["L"]):
         text = f"\u2067{text}\u2069"
     return f'<text x="10" y="{y}" xml:space="preserve">{text}</text>'
-
-
-def direction(c):
-    """That of a letter; None for what has none."""
-    return {"L": "ltr", "R": "rtl", "AL": "rtl"}.get(unicodedata.bidirectional(c))
 
 
 def rows_of(samples, width):
@@ -169,12 +161,9 @@ def rows_of(samples, width):
     for sample in samples:
         row = []
         for cell in cells(*sample):
-            if row and sum(n for _, n, *_ in row) + cell[1] > width:
+            if row and (row[-1][3] or sum(n for _, n, *_ in row) + cell[1] > width):
                 yield row
                 row = []
             row.append(cell)
-            if cell[3]:
-                yield row
-                row = []
         yield row
         yield []
