@@ -449,7 +449,8 @@ def check_source(folder):
         raise cli.UserError(f"--init_from {folder}: {llama.in_words(e)}") from None
     has_words = (folder / "tokenizer.json").is_file() or not (folder / "config.json").is_file()
     make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-    need(has_words, f"--init_from {folder}: no tokenizer.json; transformers makes it: {make}")
+    how = f"transformers and sentencepiece make it: {make}"
+    need(has_words, f"--init_from {folder}: no tokenizer.json; {how}")
 
 
 def pretrained(s):

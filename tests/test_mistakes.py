@@ -52,7 +52,7 @@ error: unrecognized arguments: --learning_rat 1; did you mean --learning_rate? (
 $ train --block_size 64                                 # a flag as nanoGPT has it
 error: unrecognized arguments: --block_size 64; did you mean --seq_len? (--help lists the flags)
 $ train --n_embed 64 --lr=1e-3                          # two flags as others have them
-error: unrecognized arguments: --n_embed 64 --lr=1e-3; did you mean --n_embd --learning_rate? (--help ..
+error: unrecognized arguments: ..; did you mean --n_embd --learning_rate? (--help lists the flags)
 $ train --eval_iters=20                                 # one that counts otherwise here
 error: unrecognized arguments: --eval_iters=20; did you mean --eval_windows? (--help ..
 $ train config/train_shakespeare_char.py                # a file of flags
@@ -106,7 +106,7 @@ error: --init_from pickled: weights in an older format; the package transformers
 $ train --model a3 --init_from words                    # only the tokenizer of a model
 error: --init_from words: a tokenizer without its model; take the whole folder
 $ train --model a3 --init_from sentences                # a tokenizer of another format
-error: --init_from sentences: no tokenizer.json; transformers makes it: AutoTokenizer.from_pr..
+error: --init_from sentences: no tokenizer.json; transformers and sentencepiece make it: ..
 $ train --model a3 --init_from good                     # a run of another model
 error: --init_from good: neither a LLaMA nor an ARM
 $ train --model a3 --init_from bert                     # another kind of pretrained model
