@@ -36,11 +36,6 @@ def need(condition, message):
         raise UserError(message)
 
 
-def refuse(wrong, message):
-    """The opposite of need(), for callers that still say it this way."""
-    need(not wrong, message)
-
-
 @contextlib.contextmanager
 def one_line(*kinds):
     """Within this, errors of these kinds come from what the user asked for: one line each."""
@@ -64,8 +59,7 @@ def run(main):
     """Call main() as a script, without a traceback for what is not a defect of the script."""
     # A console may lack a character. A file is UTF-8, whatever the console.
     for stream in (sys.stdout, sys.stderr):
-        encoding = stream.encoding if stream.isatty() else "utf-8"
-        stream.reconfigure(encoding=encoding, errors="replace")
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
     try:
         main()
@@ -135,16 +129,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """As in argparse, but ~ is the home folder, and the message names flags of ours."""
-        if argv is None and hasattr(sys, "ps1"):  # a notebook's own flags are not ours
-            argv = []
-        given, unknown = self.parse_known_args(argv)
+        is_notebook = hasattr(sys, "ps1")  # whose own flags, in sys.argv, are not ours
+        given, unknown = self.parse_known_args([] if argv is None and is_notebook else argv)
         hints = [hint for word in unknown for hint in self.meant_by(word)]
         hint = f"; did you mean {' '.join(hints)}?" if hints else ""
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
-        # A shell leaves the ~ of --data=~/x as it is.
-        for name, value in vars(given).items():
+        for name, value in vars(given).items():  # a shell leaves the ~ of --data=~/x
             if isinstance(value, str) and name not in TEXTS:
                 setattr(given, name, os.path.expanduser(value))
         return given

@@ -65,8 +65,7 @@ def cells(pieces, revealed_at):
                 found[-1][0] += c
                 continue
 
-            shown = {"\n": "↵", "\t": " " * n}.get(c, c)
-            found.append([shown, n, tenths.get(at), c == "\n"])
+            found.append([{"\n": "↵", "\t": " " * n}.get(c, c), n, tenths.get(at), c == "\n"])
             column = 0 if c == "\n" else column + n
     return found[1:]
 
@@ -90,8 +89,7 @@ def render(pieces, revealed_at, colour):
 
 
 def show(samples, order):
-    """Print samples; order: with colours or digits. Only a terminal needs a guard: a file gets
-    the text as it is."""
+    """Print samples; order: with colours or digits. A file gets the text as it is."""
     is_terminal = sys.stdout.isatty()
     colour = is_terminal and "NO_COLOR" not in os.environ
     if order and colour:
@@ -99,15 +97,14 @@ def show(samples, order):
         print(f"order: revealed first {scale}\033[0m last; plain: given; ↵ ends a line")
     if order and not colour:
         print("order: the digit below says when a character was revealed: 0 first, 9 last, . given")
-        text = "".join(itertools.chain.from_iterable(pieces for pieces, _ in samples))
+        text = "".join(piece for pieces, _ in samples for piece in pieces)
         if {"R", "AL"} & {*directions(text)} or JOINERS & {*text}:
             print("order: letters from right to left, and what is joined, may leave their digits")
 
     for i, (pieces, at) in enumerate(samples):
         print(f"--- sample {i + 1}")
-        text = "".join(pieces)
-        plain = COMMANDS.sub("·", text) if is_terminal else text
-        print(render(pieces, at, colour) if order else plain)
+        text = render(pieces, at, colour) if order else "".join(pieces)
+        print(text if order or not is_terminal else COMMANDS.sub("·", text))
 
 
 # ---- as a page, as a picture ---------------------------------------------------------------
@@ -134,9 +131,7 @@ def svg(samples, width=72):
     # The scale between "first" and "last", and then the text.
     for i in range(10):
         out.append(f'<rect class="c{i}" x="{60 + 9 * i}" y="6" width="9" height="11"/>')
-    for i, row in enumerate(rows):
-        if row:
-            out.append(line_of(row, 42 + 18 * i))
+    out += [line_of(row, 42 + 18 * i) for i, row in enumerate(rows) if row]
     return "\n".join([*out, "</svg>\n"])
 
 
@@ -156,8 +151,7 @@ def line_of(row, y):
 
 
 def rows_of(samples, width):
-    """The cells of all samples in rows of so many columns at the most, and an empty row after
-    each sample."""
+    """Rows of cells, of so many columns at the most; an empty one follows each sample."""
     for sample in samples:
         row = []
         for cell in cells(*sample):

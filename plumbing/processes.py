@@ -127,8 +127,7 @@ def stop_signals():
     # What is ignored stays so, as in a job in the background of a script. Python gives
     # signals to its main thread, and other threads may not ask for them.
     is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    old = {n: signal.getsignal(n) for n in numbers}
+    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if is_main}
     old = {n: handler for n, handler in old.items() if handler != signal.SIG_IGN}
     for n in old:
         signal.signal(n, on_signal)

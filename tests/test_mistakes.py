@@ -134,7 +134,9 @@ error: latin1.txt is not UTF-8 text
 $ train --data bad.jsonl                                # another format
 error: bad.jsonl, line 2: not a JSON object with a string "text"
 $ train --tokenizer no_text                             # a folder without a tokenizer
-error: --tokenizer no_text: neither char, gpt2 nor a folder with tokenizer.json
+error: --tokenizer no_text: neither char, gpt2 nor a folder with tokenizer.json; the package ..
+$ train --tokenizer words                               # a folder with a tokenizer.model
+error: --tokenizer words: neither ..; the package transformers writes one: AutoTokenizer.save_pr..
 
 -- devices and folders --
 $ train --device cuda:99                                # a device that is not there
