@@ -207,7 +207,8 @@ def cases(table):
 def world(tmp_path_factory):
     """A folder with everything that the table names."""
     where = tmp_path_factory.mktemp("world")
-    with contextlib.chdir(where):
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(where)
         Path("text.txt").write_text("to be, or not to be\n_" * 100)
         Path("empty.txt").touch()
         Path("itself").symlink_to("itself")
