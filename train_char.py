@@ -219,7 +219,8 @@ def settle(s, device, like=None):
     pairs = s.model != "loa3" or s.batch_size >= 2
     need(pairs, "loa3 compares texts: --batch_size 2 at least")
     M = s.gradient_accumulation_steps
-    fair = f"--gradient_accumulation_steps {M} must be divisible by the {WORLD} processes"
+    shared = f"{WORLD} processes share the micro-batches of a step, here {M}"
+    fair = f"{shared}: --gradient_accumulation_steps must be a multiple of {WORLD}"
     need(M % WORLD == 0, fair)
 
 

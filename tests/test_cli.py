@@ -86,6 +86,11 @@ def test_a_path_from_home(monkeypatch, tmp_path):
         prompt: str | None = flag(None, "a text")
         svg: str | None = flag(None, "a path")
 
+    # So it is for scripts with commands, each of which has its flags.
+    parser = cli.Parser()
+    parser.add_subparsers().add_parser("order").add_argument("--svg")
+    assert parser.parse_args(["order", "--svg=~/a.svg"]).svg == str(tmp_path / "a.svg")
+
     argv = ["--prompt", "~/x is a path", "--svg", "~"]
     assert cli.parse(Texts, argv, "") == {"prompt": "~/x is a path", "svg": str(tmp_path)}
 

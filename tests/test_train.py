@@ -506,8 +506,10 @@ def test_two_processes_do_what_one_does(work, model):
     assert less != pytest.approx(figures("one", "nelbo")[1], rel=1e-4)
 
 
-def test_accumulation_needs_equal_shares(monkeypatch):
+@pytest.mark.parametrize("given,steps", [(3, 3), (None, 1)])
+def test_accumulation_needs_equal_shares(monkeypatch, given, steps):
+    """Also where nobody gave the flag."""
     monkeypatch.setattr(train_char, "WORLD", 2)
-    s = train_char.Settings(preset="small", gradient_accumulation_steps=3)
-    with pytest.raises(UserError, match=re.escape("3 must be divisible by the 2 processes")):
+    s = train_char.Settings(preset="small", gradient_accumulation_steps=given)
+    with pytest.raises(UserError, match=f"^2 processes share .* here {steps}: .* multiple of 2"):
         train_char.settle(s, CPU)
