@@ -212,7 +212,7 @@ def settle(s, device, like=None):
     blocks = f"blocks of {s.block_len} in a window of {s.seq_len}: --block_len is"
     need(between, f"{blocks} above 1 (--model arm) and below the window (--model mdm)")
     need(s.weights == "normsig" or s.c2 == 0.65, "--c2 is for --weights normsig")
-    long = f"--warmup_iters {s.warmup_iters} is more than all {s.max_iters} steps"
+    long = f"a warmup of {s.warmup_iters} steps in {s.max_iters}: see --warmup_iters, --max_iters"
     need(s.warmup_iters <= s.max_iters, long)
     whole = f"a window of {s.seq_len} tokens must hold whole texts of {s.text_len}; see --seq_len"
     need(s.seq_len % (s.text_len or 1) == 0, whole)

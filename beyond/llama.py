@@ -165,8 +165,6 @@ def llama_3_turns(head_dim, rope):
 KINDS = "llama", "mistral", "qwen2", "qwen3"
 OTHER_FORMS = {  # how a file's name ends that shows what a folder holds instead: what to do
     ".gguf": "GGUF is for llama.cpp; take the folder that it was made from",
-    "adapter_config.json": "a LoRA without its model; merge them with the package peft: "
-    "model.merge_and_unload().save_pretrained(FOLDER)",
     ".bin": "weights in an older format; the package transformers writes the newer one: "
     "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(FOLDER)",
     ".pth": "weights in the format of Meta; take the folder in that of Hugging Face",
@@ -188,6 +186,9 @@ def recognise(folder):
 
     # So has what was made of a model.
     names = [folder.name, *(path.name for path in folder.glob("*"))]
+    merge = "model.merge_and_unload().save_pretrained(FOLDER)"
+    is_lora = "adapter_config.json" in names
+    need(not is_lora, f"a LoRA; the package peft makes it one with its model: {merge}")
     if not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
         for ending, what in OTHER_FORMS.items():
             need(not any(name.endswith(ending) for name in names), what)

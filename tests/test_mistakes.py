@@ -72,9 +72,9 @@ error: argument --compile: invalid choice: '2' (choose from True, False) (--help
 $ train --data= --val_data good                         # a shell variable that is not set
 error: --data is empty
 $ train --warmup_iters 900 --max_iters 800              # a warmup without an end
-error: --warmup_iters 900 is more than all 800 steps
+error: a warmup of 900 steps in 800: see --warmup_iters, --max_iters
 $ train --warmup_iters 501                              # the same, by nobody's --max_iters
-error: --warmup_iters 501 is more than all 500 steps
+error: a warmup of 501 steps in 500: see --warmup_iters, --max_iters
 $ sample --top_p 1.5                                    # a probability above 1
 error: --top_p must be at most 1
 
@@ -96,7 +96,7 @@ error: --init_from resume: no such folder; ..; to go on with a run: --resume
 $ train --model a3 --init_from org/Some-1B              # a name on the hub
 error: --init_from org/Some-1B: no such folder; one from the hub: hf download NAME --local-dir ..
 $ train --model a3 --init_from lora                     # what was learned on top of a model
-error: --init_from lora: a LoRA without its model; merge them with the package peft: ..
+error: --init_from lora: a LoRA; the package peft makes it one with its model: ..
 $ train --model a3 --init_from gguf                     # a model for other programs
 error: --init_from gguf: GGUF is for llama.cpp; take the folder that it was made from
 $ train --model a3 --init_from gguf/m-Q4_0.gguf         # a file of that kind
