@@ -440,20 +440,6 @@ def train(s, device, corpus, model, ckpt, about):
 # ---- start -----------------------------------------------------------------------------------
 
 
-def check_source(folder):
-    """UserError if the folder --init_from is no run and no LLaMA; it says what is there."""
-    if (folder / "ckpt.pt").is_file():
-        return
-    try:
-        llama.recognise(folder)
-    except ValueError as e:
-        raise cli.UserError(f"--init_from {folder}: {llama.in_words(e)}") from None
-    has_words = (folder / "tokenizer.json").is_file() or not (folder / "config.json").is_file()
-    make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-    how = f"transformers and sentencepiece make it: {make}"
-    need(has_words, f"--init_from {folder}: no tokenizer.json; {how}")
-
-
 def pretrained(s):
     """An A3 made from the LLaMA or ARM in the folder --init_from. Also the ARM's tokenizer, or
     None for a LLaMA, whose tokenizer becomes --tokenizer."""
@@ -481,6 +467,20 @@ def pretrained(s):
         model = a3.A3(config)
         model.load_arm(ckpt["model"])
     return model, ckpt["tokenizer"]
+
+
+def check_source(folder):
+    """UserError if the folder --init_from is no run and no LLaMA; it says what is there."""
+    if (folder / "ckpt.pt").is_file():
+        return
+    try:
+        llama.recognise(folder)
+    except ValueError as e:
+        raise cli.UserError(f"--init_from {folder}: {llama.in_words(e)}") from None
+    has_words = (folder / "tokenizer.json").is_file() or not (folder / "config.json").is_file()
+    make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    how = f"transformers and sentencepiece make it: {make}"
+    need(has_words, f"--init_from {folder}: no tokenizer.json; {how}")
 
 
 def new_model(s, vocab_size):
