@@ -59,7 +59,8 @@ def run(main):
     """Call main() as a script, without a traceback for what is not a defect of the script."""
     # A console may lack a character. A file is UTF-8, whatever the console.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+        if hasattr(stream, "reconfigure"):  # a notebook's have no encoding
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
     try:
         main()
@@ -129,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """As in argparse, but ~ is the home folder, and the message names flags of ours."""
-        is_notebook = hasattr(sys, "ps1")  # whose own flags, in sys.argv, are not ours
+        is_notebook = sys.argv[0].endswith("kernel_launcher.py")  # whose flags are not ours
         given, unknown = self.parse_known_args([] if argv is None and is_notebook else argv)
         hints = [hint for word in unknown for hint in self.meant_by(word)]
         hint = f"; did you mean {' '.join(hints)}?" if hints else ""

@@ -119,11 +119,10 @@ def page(samples, about):
 def svg(samples, width=72):
     """The samples as a picture, coloured by order, on light and dark grounds alike."""
     rows = list(rows_of(samples, width))
-    height = 18 * len(rows) + 24
     hues = "".join(f".c{i}{{fill:hsl({15 + 265 * i // 9} 85% 38%)}}" for i in range(10))
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {9 * width + 20} {height}">',
-        f"<style>text{{font:15px monospace;fill:#222}}{hues}",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {9 * width + 20} '
+        f'{18 * len(rows) + 24}"><style>text{{font:15px monospace;fill:#222}}{hues}',
         "@media(prefers-color-scheme:dark){text{fill:#ddd}" + hues.replace("38%", "70%"),
         '}</style><text x="10" y="16">first</text><text x="160" y="16">last</text>',
     ]

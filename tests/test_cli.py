@@ -96,11 +96,14 @@ def test_a_path_from_home(monkeypatch, tmp_path):
 
 
 def test_a_notebook_has_no_flags(monkeypatch):
-    """Its sys.argv is that of the kernel. In a script, sys.argv counts."""
-    monkeypatch.setattr(sys, "argv", ["kernel", "--n_layer", "3"])
-    assert cli.parse(Settings, None, "") == {"n_layer": 3}
-    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
-    assert cli.parse(Settings, None, "") == {}
+    """Its sys.argv is that of the kernel, and its streams have no encoding. In a script, and
+    in a script that a notebook runs, sys.argv counts."""
+    got = []
+    monkeypatch.setattr(sys, "stdout", type("Stream", (), {"flush": lambda self: None})())
+    for name in "train_char.py", "/usr/lib/ipykernel_launcher.py", "colab_kernel_launcher.py":
+        monkeypatch.setattr(sys, "argv", [name, "--n_layer", "3"])
+        cli.run(lambda: got.append(cli.parse(Settings, None, "")))
+    assert got == [{"n_layer": 3}, {}, {}]
 
 
 def test_help(capsys):
