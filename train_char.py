@@ -18,6 +18,7 @@ exactly as it would have, and N processes do what one does with the same
 import math
 import shlex
 import time
+import traceback
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -209,15 +210,18 @@ def settle(s, device, like=None):
         same = like is None or getattr(s, name) == getattr(like.config, name)
         need(same, f"--{name} is not that of {s.init_from}; leave it out")
     between = s.model != "block" or 1 < s.block_len < s.seq_len
-    need(between, f"--block_len: above 1 (--model arm), below {s.seq_len} (--model mdm)")
+    blocks = f"blocks of {s.block_len} in a window of {s.seq_len}: --block_len is"
+    need(between, f"{blocks} above 1 (--model arm) and below the window (--model mdm)")
     need(s.weights == "normsig" or s.c2 == 0.65, "--c2 is for --weights normsig")
-    long = f"--max_iters {s.max_iters} is less than the {s.warmup_iters} steps of the warmup"
+    long = f"a warmup of {s.warmup_iters} steps in {s.max_iters}: see --warmup_iters, --max_iters"
     need(s.warmup_iters <= s.max_iters, long)
-    need(s.seq_len % (s.text_len or 1) == 0, f"--seq_len must hold whole texts, of {s.text_len}")
+    whole = f"a window of {s.seq_len} tokens must hold whole texts of {s.text_len}; see --seq_len"
+    need(s.seq_len % (s.text_len or 1) == 0, whole)
     pairs = s.model != "loa3" or s.batch_size >= 2
     need(pairs, "loa3 compares texts: --batch_size 2 at least")
     M = s.gradient_accumulation_steps
-    fair = f"--gradient_accumulation_steps {M} must be divisible by the {WORLD} processes"
+    shared = f"{WORLD} processes share the micro-batches of a step, here {M}"
+    fair = f"{shared}: --gradient_accumulation_steps must be a multiple of {WORLD}"
     need(M % WORLD == 0, fair)
 
 
@@ -392,7 +396,7 @@ def train(s, device, corpus, model, ckpt, about):
     saved_at = step
 
     loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
-    unit = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
+    unit = {"unit": "step", "dynamic_ncols": True, "disable": True if RANK else None}
     bar = tqdm(total=s.max_iters, initial=step, **unit)
     model.train()
     pending, began = [], time.perf_counter()
@@ -466,6 +470,20 @@ def pretrained(s):
     return model, ckpt["tokenizer"]
 
 
+def check_source(folder):
+    """UserError if the folder --init_from is no run and no LLaMA; it says what is there."""
+    if (folder / "ckpt.pt").is_file():
+        return
+    try:
+        llama.recognise(folder)
+    except ValueError as e:
+        raise cli.UserError(f"--init_from {folder}: {llama.in_words(e)}") from None
+    has_words = (folder / "tokenizer.json").is_file() or not (folder / "config.json").is_file()
+    make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    how = f"transformers and sentencepiece make it: {make}"
+    need(has_words, f"--init_from {folder}: no tokenizer.json; {how}")
+
+
 def new_model(s, vocab_size):
     """A model with random weights: the fields of its Config from MODELS, or flags of that
     name."""
@@ -508,6 +526,7 @@ def begin(given):
         s, ckpt, model, lock = go_on(given)
     device = follow_device(s)
     if s.init_from and not ckpt:
+        check_source(Path(s.init_from))
         cli.check(s)  # is it for this model?
         model, tokenizer = pretrained(s)
     settle(s, device, None if ckpt else model)
@@ -516,6 +535,15 @@ def begin(given):
 
 
 def main(argv=None):
+    try:
+        run(argv)
+    except (cli.UserError, cli.Stopped, KeyboardInterrupt) as e:
+        # A notebook keeps tracebacks, and one would keep the lock of the run's folder.
+        traceback.clear_frames(e.__traceback__)
+        raise
+
+
+def run(argv):
     given = cli.parse(Settings, argv, __doc__, PRESETS)
     given = given | processes.join(given.get("device"))
 

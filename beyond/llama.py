@@ -155,6 +155,38 @@ def llama_3_turns(head_dim, rope):
     return tuple((radians * (ramp + (1 - ramp) / rope["factor"])).tolist())
 
 
+KINDS = "llama", "mistral", "qwen2", "qwen3"
+OTHER_FORMS = {  # how a file's name ends that shows what a folder holds instead: what to do
+    ".gguf": "GGUF is for llama.cpp; take the folder that it was made from",
+    ".bin": "weights in an older format; the package transformers writes the newer one: "
+    "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(FOLDER)",
+    ".pth": "weights in the format of Meta; take the folder in that of Hugging Face",
+    "tokenizer.model": "a tokenizer without its model; take the whole folder",
+}
+
+
+def recognise(folder):
+    """ValueError, which says what to do, for what is known not to be a model to read."""
+    folder = Path(folder)
+    hub = "hf download NAME --local-dir FOLDER"
+    need(folder.exists(), f"no such folder; one from the hub: {hub}; to go on with a run: --resume")
+
+    # BERT and others have such a folder, too.
+    if (folder / "config.json").is_file():
+        c = json.loads((folder / "config.json").read_text("utf-8"))
+        kind = c.get("model_type") if isinstance(c, dict) else None
+        need(kind in KINDS, f"model_type {kind} is not supported; {', '.join(KINDS)} are")
+
+    # So has what was made of a model.
+    names = [folder.name, *(path.name for path in folder.glob("*"))]
+    merge = "model.merge_and_unload().save_pretrained(FOLDER)"
+    is_lora = "adapter_config.json" in names
+    need(not is_lora, f"a LoRA; the package peft makes it one with its model: {merge}")
+    if not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
+        for ending, what in OTHER_FORMS.items():
+            need(not any(name.endswith(ending) for name in names), what)
+
+
 def read_config(c, seq_len):
     """Hugging Face's config.json, a dict in its older or newer form, as fields of Config."""
     kind = c["model_type"]
@@ -173,7 +205,7 @@ def read_config(c, seq_len):
     def supported(holds, what):
         need(holds, f"{what} is not supported")
 
-    supported(kind in ("llama", "mistral", "qwen2", "qwen3"), f"model_type {kind}")
+    supported(not c.get("quantization_config"), "quantization_config")
     supported(turn in ("default", "llama3"), f"rope_type {turn}")
     supported(not window or window >= L, f"a sliding_window of {window}, below {L} tokens,")
     biased = c.get("attention_bias") or c.get("mlp_bias")
@@ -209,14 +241,14 @@ def from_pretrained(folder, seq_len=None, **changes):
     fields of Config. Learned positions begin as zeros, and the vector for hidden neighbours as
     the mean embedding, so left to right it predicts what it did. ValueError, one line, for
     what does not fit."""
-    from safetensors import SafetensorError
-
     folder = Path(folder)
-    bad = OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError
+    bad = OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError
     try:
+        recognise(folder)
         theirs = json.loads((folder / "config.json").read_text("utf-8"))
         model = Llama(Config(**(read_config(theirs, seq_len) | changes)))
         tensors = open_files(folder)
+        check_head(model, tensors)
         for name, p in model.named_parameters():
             fill(model, name, p, tensors)
 
@@ -225,7 +257,7 @@ def from_pretrained(folder, seq_len=None, **changes):
         left = [name for name in tensors if not name.endswith(spare)]
         need(not left, f"no place for {left[:1]} in this model")
     except bad as e:
-        raise ValueError(f"{folder} cannot be loaded: {type(e).__name__} {e}") from None
+        raise ValueError(f"{folder} cannot be loaded: {in_words(e)}") from None
 
     model.query[:] = model.wte.weight.mean(0)
     if model.wpe is not None:
@@ -233,17 +265,43 @@ def from_pretrained(folder, seq_len=None, **changes):
     return model
 
 
+def in_words(e):
+    """An exception without the name of its class."""
+    if isinstance(e, KeyError):
+        return f"{e} is missing"
+    if isinstance(e, json.JSONDecodeError):
+        return f"a .json file is damaged ({e})"
+    return str(e)
+
+
 def open_files(folder):
     """{their name of a tensor: the open file that holds it}, of one file or of several."""
-    from safetensors import safe_open
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError("it needs a package: pip install safetensors") from None
 
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
 
-    files = [safe_open(folder / name, "pt") for name in names]
+    try:
+        files = [safe_open(folder / name, "pt") for name in names]
+    except SafetensorError as e:
+        raise ValueError(f"a .safetensors file is damaged or cut off ({e})") from None
     return {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
+
+
+def check_head(model, tensors):
+    """Refuse a file with a head of its own beside a config that says there is none: one of
+    them is wrong, and nobody here knows which."""
+    head = "lm_head.weight"
+    words = "model.embed_tokens.weight"
+    if model.config.tied and head in tensors:
+        one, other = (tensors[name].get_tensor(name).float() for name in (head, words))
+        what = f"tie_word_embeddings is true, but {head} is not {words}"
+        need(torch.equal(one, other), f"{what}; with false in config.json, that head counts")
 
 
 def fill(model, name, p, tensors):

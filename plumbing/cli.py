@@ -7,6 +7,7 @@ given, check() tells what is out of range, and run() calls a script's main().
 
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import math
 import os
@@ -56,8 +57,10 @@ def refuse_nan(numbers, step, saved_at):
 # ---- the way out ---------------------------------------------------------------------------
 def run(main):
     """Call main() as a script, without a traceback for what is not a defect of the script."""
+    # A console may lack a character. A file is UTF-8, whatever the console.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may lack a character
+        if hasattr(stream, "reconfigure"):  # a notebook's have no encoding
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
     try:
         main()
@@ -110,12 +113,42 @@ def leave(line, code):
 
 
 # ---- flags ---------------------------------------------------------------------------------
+TEXTS = "prompt", "infill", "text"  # flags that are no paths, whatever they begin with
+HABITS = dict(  # our flags, as nanoGPT and others call them
+    seq_len="block_size context_length max_length", length="max_new_tokens max_length",
+    max_iters="steps max_steps", learning_rate="lr", eval_windows="eval_iters",
+    data="dataset", out_dir="init_from checkpoint", prompt="start",
+)  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake costs one line instead of the whole usage; the exit code is
     2."""
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+    def parse_args(self, argv=None):
+        """As in argparse, but ~ is the home folder, and the message names flags of ours."""
+        is_notebook = sys.argv[0].endswith("kernel_launcher.py")  # whose flags are not ours
+        given, unknown = self.parse_known_args([] if argv is None and is_notebook else argv)
+        hints = [hint for word in unknown for hint in self.meant_by(word)]
+        hint = f"; did you mean {' '.join(hints)}?" if hints else ""
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+        for name, value in vars(given).items():  # a shell leaves the ~ of --data=~/x
+            if isinstance(value, str) and name not in TEXTS:
+                setattr(given, name, os.path.expanduser(value))
+        return given
+
+    def meant_by(self, word):
+        """[the flag that someone means who types this word], or []."""
+        ours = [option.removeprefix("--") for option in self._option_string_actions]
+        names = {name: flag for flag in ours for name in (flag, *HABITS.get(flag, "").split())}
+        typed = word.partition("=")[0].replace("-", "_").removeprefix("__").lower()
+        close = difflib.get_close_matches(typed, names, 1, 0.81)
+        return [f"--{names[name]}" for name in close if word.startswith("--")]
 
 
 def flag(
@@ -130,6 +163,14 @@ def flag(
 
 def truth(text):
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def integer(text):
+    """Also written as 1e4."""
+    number = float(text) if "e" in text.lower() else int(text)
+    if number % 1:
+        raise ValueError
+    return int(number)
 
 
 def floats(text):
@@ -153,7 +194,7 @@ def parse(Settings, argv, description, presets=None):
 
     for f in fields(Settings):
         kind = (get_args(f.type) or [f.type])[0]  # of int | None, it is int
-        how = dict(type=kind, choices=f.metadata["choices"])
+        how = dict(type=integer if kind is int else kind, choices=f.metadata["choices"])
         if kind is bool:  # --compile, --compile=False
             how = dict(type=truth, nargs="?", const=True, choices=(True, False))
         if kind is tuple:

@@ -158,7 +158,7 @@ def read_jsonl(path):
 # ---- tokens --------------------------------------------------------------------------------
 def batches(documents, what):
     """Lists of BATCH documents."""
-    bar = iter(tqdm(documents, what, unit=" documents", delay=2))
+    bar = iter(tqdm(documents, what, unit=" documents", delay=2, disable=None))
     while batch := list(itertools.islice(bar, BATCH)):
         yield batch
 
@@ -282,7 +282,8 @@ def folder_for(data, kind, files, held_out):
     if kind not in TOKENIZERS:
         names = f"{', '.join(TOKENIZERS)} nor a folder with tokenizer.json"
         parts = sorted(Path(kind).glob("tokenizer*.json"))
-        need(Path(kind, "tokenizer.json") in parts, f"--tokenizer {kind}: neither {names}")
+        how = "the package transformers writes one: AutoTokenizer.save_pretrained(FOLDER)"
+        need(Path(kind, "tokenizer.json") in parts, f"--tokenizer {kind}: neither {names}; {how}")
 
     about = [FORMAT, len(held_out)]
     for path in (*files, *held_out, *parts):

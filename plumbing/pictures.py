@@ -6,14 +6,20 @@ call that revealed it, -1 where it was given.
 """
 
 import html
+import itertools
 import json
 import os
+import re
 import sys
+import unicodedata
 from pathlib import Path
 
 from plumbing.checkpoint import write_file
 
 PAGE = Path(__file__).with_name("page.html")  # what page() fills in
+# Control characters, and what overrides the direction of a text. XML lacks the last two.
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+JOINERS = set("\u200d\ufe0f🏻🏼🏽🏾🏿")  # of emoji
 EARLY_TO_LATE = (196, 202, 208, 220, 154, 46, 48, 45, 33, 63)  # xterm colours, red to violet
 
 
@@ -30,51 +36,75 @@ def write(path, text):
 
 
 # ---- as text -------------------------------------------------------------------------------
+def directions(text):
+    """Of each letter: L, or R or AL from right to left."""
+    return [d for c in text if (d := unicodedata.bidirectional(c)) in ("L", "R", "AL")]
+
+
+def columns(c, before):
+    """How many columns of a terminal a character takes after what stands before it; 0: it
+    joins that, as an accent, a later part of a Korean syllable or of an emoji."""
+    is_mark = unicodedata.category(c) in ("Mn", "Me", "Cf") or "\u1160" <= c <= "\u11ff"
+    is_wide = unicodedata.east_asian_width(c) in "WF"
+    return 0 if is_mark or (is_wide and before.endswith("\u200d")) else 1 + is_wide
+
+
+def cells(pieces, revealed_at):
+    """[what it shows, columns, tenth or None if given, does a line end here?] of each place
+    in one sample. What takes no column stands with the character before it. Tenths are those
+    of the calls: 0 for the first .. 9 for the last."""
+    calls = sorted({at for at in revealed_at if at >= 0})
+    tenths = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
+    found = [["", 0, None, True]]
+    column = 0
+    for piece, at in zip(pieces, revealed_at, strict=True):
+        for c in COMMANDS.sub("·", piece):
+            before, _, _, ended = found[-1]
+            n = 8 - column % 8 if c == "\t" else columns(c, before)
+            if n == 0 and not ended:
+                found[-1][0] += c
+                continue
+
+            found.append([{"\n": "↵", "\t": " " * n}.get(c, c), n, tenths.get(at), c == "\n"])
+            column = 0 if c == "\n" else column + n
+    return found[1:]
+
+
 def render(pieces, revealed_at, colour):
     """One sample with its order: colours, or a line of digits under each line of text."""
     out = []
     digits = ""
-    for shown, tenth, ends in characters(pieces, revealed_at):
+    for shown, n, tenth, ends in cells(pieces, revealed_at):
         if colour and tenth is not None:
             shown = f"\033[38;5;{EARLY_TO_LATE[tenth]}m{shown}\033[0m"
         out.append(shown)
-        digits += "." if tenth is None else str(tenth)
+        digits += ("." if tenth is None else str(tenth)).ljust(n)[:n]
         if ends:
             out.append("\n" if colour else f"\n{digits}\n")
             digits = ""
 
     if digits and not colour:
-        out.append(f"\n{digits}")
+        out.append(f"\n{digits.rstrip()}")
     return "".join(out)
 
 
-def characters(pieces, revealed_at):
-    """(character to show, tenth or None if given, does a line end here?) of one sample.
-    Tenths are those of the calls: 0 for the first .. 9 for the last."""
-    calls = sorted({at for at in revealed_at if at >= 0})
-    tenths = {at: 9 * i // max(1, len(calls) - 1) for i, at in enumerate(calls)}
-    for piece, at in zip(pieces, revealed_at, strict=True):
-        for c in piece:
-            yield "↵" if c == "\n" else printable(c), tenths.get(at), c == "\n"
-
-
-def printable(c):
-    return c if c.isprintable() else "·"  # an escape sequence in a text must not reach a terminal
-
-
 def show(samples, order):
-    """Print samples; order: with colours or digits."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Print samples; order: with colours or digits. A file gets the text as it is."""
+    is_terminal = sys.stdout.isatty()
+    colour = is_terminal and "NO_COLOR" not in os.environ
     if order and colour:
         scale = "".join(f"\033[38;5;{c}m█" for c in EARLY_TO_LATE)
         print(f"order: revealed first {scale}\033[0m last; plain: given; ↵ ends a line")
     if order and not colour:
         print("order: the digit below says when a character was revealed: 0 first, 9 last, . given")
+        text = "".join(piece for pieces, _ in samples for piece in pieces)
+        if {"R", "AL"} & {*directions(text)} or JOINERS & {*text}:
+            print("order: letters from right to left, and what is joined, may leave their digits")
 
     for i, (pieces, at) in enumerate(samples):
         print(f"--- sample {i + 1}")
-        plain = "".join(c if c in "\n\t" else printable(c) for c in "".join(pieces))
-        print(render(pieces, at, colour) if order else plain)
+        text = render(pieces, at, colour) if order else "".join(pieces)
+        print(text if order or not is_terminal else COMMANDS.sub("·", text))
 
 
 # ---- as a page, as a picture ---------------------------------------------------------------
@@ -88,12 +118,11 @@ def page(samples, about):
 
 def svg(samples, width=72):
     """The samples as a picture, coloured by order, on light and dark grounds alike."""
-    cells = list(cells_of(samples, width))
-    height = 18 * max((row + 2 for row, *_ in cells), default=0) + 24
+    rows = list(rows_of(samples, width))
     hues = "".join(f".c{i}{{fill:hsl({15 + 265 * i // 9} 85% 38%)}}" for i in range(10))
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {9 * width + 20} {height}">',
-        f"<style>text{{font:15px monospace;fill:#222}}{hues}",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {9 * width + 20} '
+        f'{18 * len(rows) + 24}"><style>text{{font:15px monospace;fill:#222}}{hues}',
         "@media(prefers-color-scheme:dark){text{fill:#ddd}" + hues.replace("38%", "70%"),
         '}</style><text x="10" y="16">first</text><text x="160" y="16">last</text>',
     ]
@@ -101,22 +130,33 @@ def svg(samples, width=72):
     # The scale between "first" and "last", and then the text.
     for i in range(10):
         out.append(f'<rect class="c{i}" x="{60 + 9 * i}" y="6" width="9" height="11"/>')
-    for row, column, c, tenth in cells:
-        if c != " ":
-            style = "" if tenth is None else f' class="c{tenth}"'
-            at = f'x="{10 + 9 * column}" y="{42 + 18 * row}"'
-            out.append(f"<text{style} {at}>{html.escape(c)}</text>")
+    out += [line_of(row, 42 + 18 * i) for i, row in enumerate(rows) if row]
     return "\n".join([*out, "</svg>\n"])
 
 
-def cells_of(samples, width):
-    """(row, column, character, tenth) of every character, in lines of width at the most."""
-    row = 0
-    for pieces, revealed_at in samples:
-        column = 0
-        for shown, tenth, ends in characters(pieces, revealed_at):
-            if column == width:
-                row, column = row + 1, 0
-            yield row, column, shown, tenth
-            row, column = (row + 1, 0) if ends else (row, column + 1)
-        row += 2
+def line_of(row, y):
+    """One text element. Its runs of one colour have no places of their own, so that letters
+    join, wide ones take their room, and each script runs in its direction."""
+    runs = []
+    for tenth, run in itertools.groupby(row, key=lambda cell: cell[2]):
+        text = html.escape("".join(shown for shown, *_ in run))
+        runs.append(text if tenth is None else f'<tspan class="c{tenth}">{text}</tspan>')
+
+    # Where the first letter runs from right to left, the line does.
+    text = "".join(runs)
+    if directions("".join(shown for shown, *_ in row))[:1] not in ([], ["L"]):
+        text = f"\u2067{text}\u2069"
+    return f'<text x="10" y="{y}" xml:space="preserve">{text}</text>'
+
+
+def rows_of(samples, width):
+    """Rows of cells, of so many columns at the most; an empty one follows each sample."""
+    for sample in samples:
+        row = []
+        for cell in cells(*sample):
+            if row and (row[-1][3] or sum(n for _, n, *_ in row) + cell[1] > width):
+                yield row
+                row = []
+            row.append(cell)
+        yield row
+        yield []

@@ -10,6 +10,7 @@ import datetime
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -47,7 +48,7 @@ def join(device_name):
         device_id=None if name == "cpu" else torch.device(name),
     )
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return dict(device=name)
 
 
@@ -123,8 +124,10 @@ def stop_signals():
         elif WORLD == 1 and time.monotonic() > patient_until:
             raise Stopped("stopped without saving", number)
 
-    # What is ignored stays so, as in a job in the background of a script.
-    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays so, as in a job in the background of a script. Python gives
+    # signals to its main thread, and other threads may not ask for them.
+    is_main = threading.current_thread() is threading.main_thread()
+    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if is_main}
     old = {n: handler for n, handler in old.items() if handler != signal.SIG_IGN}
     for n in old:
         signal.signal(n, on_signal)

@@ -48,17 +48,33 @@ from plumbing.cli import UserError
 TABLE = r"""
 -- flags --
 $ train --learning_rat 1                                # a flag that does not exist
-error: unrecognized arguments: --learning_rat 1 (--help lists the flags)
+error: unrecognized arguments: --learning_rat 1; did you mean --learning_rate? (--help ..
+$ train --block_size 64                                 # a flag as nanoGPT has it
+error: unrecognized arguments: --block_size 64; did you mean --seq_len? (--help lists the flags)
+$ train --n_embed 64 --lr=1e-3                          # two flags as others have them
+error: unrecognized arguments: ..; did you mean --n_embd --learning_rate? (--help lists the flags)
+$ train --eval_iters=20                                 # one that counts otherwise here
+error: unrecognized arguments: --eval_iters=20; did you mean --eval_windows? (--help ..
+$ train config/train_shakespeare_char.py                # a file of flags
+error: unrecognized arguments: config/train_shakespeare_char.py (--help lists the flags)
+$ train --dtype float16                                 # a dtype that would need a scaler
+error: argument --dtype: invalid choice: 'float16' (choose from ..float32..bfloat16..(--help ..
+$ sample --start=ROMEO --max_new_tokens=9               # how nanoGPT samples
+error: unrecognized arguments: ..; did you mean --prompt --length? (--help lists the flags)
+$ sample --init_from=resume                             # and from where
+error: unrecognized arguments: --init_from=resume; did you mean --out_dir? (--help ..
 $ train --model gpt                                     # a model that does not exist
 error: argument --model: invalid choice: 'gpt' (choose from .. (--help lists the flags)
 $ train --max_iters ten                                 # a number in letters
-error: argument --max_iters: invalid int value: 'ten' (--help lists the flags)
+error: argument --max_iters: invalid integer value: 'ten' (--help lists the flags)
 $ train --compile=2                                     # neither true nor false
 error: argument --compile: invalid choice: '2' (choose from True, False) (--help lists the flags)
 $ train --data= --val_data good                         # a shell variable that is not set
 error: --data is empty
 $ train --warmup_iters 900 --max_iters 800              # a warmup without an end
-error: --max_iters 800 is less than the 900 steps of the warmup
+error: a warmup of 900 steps in 800: see --warmup_iters, --max_iters
+$ train --warmup_iters 501                              # the same, by nobody's --max_iters
+error: a warmup of 501 steps in 500: see --warmup_iters, --max_iters
 $ sample --top_p 1.5                                    # a probability above 1
 error: --top_p must be at most 1
 
@@ -66,21 +82,39 @@ error: --top_p must be at most 1
 $ train --n_head 3                                      # heads that do not divide the width
 error: n_embd (16) must be divisible by n_head (3)..
 $ train --model block --block_len 16                    # one block: that is another model
-error: --block_len: above 1 (--model arm), below 16 (--model mdm)
+error: blocks of 16 in a window of 16: --block_len is above 1 (--model arm) and below the ..
+$ train --model block                                   # the same, by nobody's --block_len
+error: blocks of 16 in a window of 16: --block_len is above 1 (--model arm) and below the ..
 $ train --model arm --block_len 4                       # a flag for another model
 error: --block_len is for --model block or lomdm or lomdm-by-time, not arm
 $ train --model loa3 --batch_size 1                     # a text has none to be compared with
 error: loa3 compares texts: --batch_size 2 at least
 $ train --model a3 --init_from nowhere                  # a folder that is not there
-error: --init_from nowhere: no LLaMA, no ARM there
+error: --init_from nowhere: no such folder; one from the hub: hf download NAME --local-dir ..
+$ train --init_from=resume                              # how nanoGPT goes on
+error: --init_from resume: no such folder; ..; to go on with a run: --resume
+$ train --model a3 --init_from org/Some-1B              # a name on the hub
+error: --init_from org/Some-1B: no such folder; one from the hub: hf download NAME --local-dir ..
+$ train --model a3 --init_from lora                     # what was learned on top of a model
+error: --init_from lora: a LoRA; the package peft makes it one with its model: ..
+$ train --model a3 --init_from gguf                     # a model for other programs
+error: --init_from gguf: GGUF is for llama.cpp; take the folder that it was made from
+$ train --model a3 --init_from gguf/m-Q4_0.gguf         # a file of that kind
+error: --init_from gguf/m-Q4_0.gguf: GGUF is for llama.cpp; ..
+$ train --model a3 --init_from pickled                  # weights as they once were
+error: --init_from pickled: weights in an older format; the package transformers writes ..
+$ train --model a3 --init_from words                    # only the tokenizer of a model
+error: --init_from words: a tokenizer without its model; take the whole folder
+$ train --model a3 --init_from sentences                # a tokenizer of another format
+error: --init_from sentences: no tokenizer.json; transformers and sentencepiece make it: ..
 $ train --model a3 --init_from good                     # a run of another model
 error: --init_from good: neither a LLaMA nor an ARM
 $ train --model a3 --init_from bert                     # another kind of pretrained model
-error: ..bert..
+error: --init_from bert: model_type bert is not supported; llama, mistral, qwen2, qwen3 are
 $ train --model a3 --init_from half                     # a download that broke off
-error: half cannot be loaded: ..
-$ train --model a3 --init_from bert --tokenizer gpt2    # a LLaMA has its own tokenizer
-error: --tokenizer is that of bert; leave it out
+error: --init_from half: a .json file is damaged (..)
+$ train --model a3 --init_from llama --tokenizer gpt2   # a LLaMA has its own tokenizer
+error: --tokenizer is that of llama; leave it out
 
 -- texts --
 $ train --data missing.txt                              # a file that is not there
@@ -100,7 +134,9 @@ error: latin1.txt is not UTF-8 text
 $ train --data bad.jsonl                                # another format
 error: bad.jsonl, line 2: not a JSON object with a string "text"
 $ train --tokenizer no_text                             # a folder without a tokenizer
-error: --tokenizer no_text: neither char, gpt2 nor a folder with tokenizer.json
+error: --tokenizer no_text: neither char, gpt2 nor a folder with tokenizer.json; the package ..
+$ train --tokenizer words                               # a folder with a tokenizer.model
+error: --tokenizer words: neither ..; the package transformers writes one: AutoTokenizer.save_pr..
 
 -- devices and folders --
 $ train --device cuda:99                                # a device that is not there
@@ -150,6 +186,17 @@ error: ckpt.pt: take another name, this one is a run's or there twice
 """
 
 
+CONFIG = '{"model_type": "llama"}'
+OTHERS = {  # folders of models that are not what --init_from takes
+    "lora": {"adapter_config.json": "{}", "adapter_model.safetensors": "", "config.json": CONFIG},
+    "gguf": {"m-Q4_0.gguf": "GGUF", "config.json": CONFIG},
+    "pickled": {"config.json": CONFIG, "pytorch_model-00001-of-00002.bin": ""},
+    "words": {"tokenizer.model": ""},
+    "sentences": {"config.json": CONFIG, "model.safetensors": "", "tokenizer.model": ""},
+    "llama": {"config.json": CONFIG, "model.safetensors": "", "tokenizer.json": "{}"},
+}
+
+
 def cases(table):
     """(command, line) of a table, each with the mistake as its name."""
     found = re.findall(r"^\$ (.*?) *# (.*)\n(.*)$", table, re.MULTILINE)
@@ -160,7 +207,8 @@ def cases(table):
 def world(tmp_path_factory):
     """A folder with everything that the table names."""
     where = tmp_path_factory.mktemp("world")
-    with contextlib.chdir(where):
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(where)
         Path("text.txt").write_text("to be, or not to be\n_" * 100)
         Path("empty.txt").touch()
         Path("itself").symlink_to("itself")
@@ -168,8 +216,11 @@ def world(tmp_path_factory):
         Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)
         Path("other.txt").write_text("something else " * 100)
         Path("bad.jsonl").write_text('{"text": "good"}\n{"words": "bad"}\n')
-        for name in ("no_text", "bert", "half", "cut", "old", "young"):
+        for name in ("no_text", "bert", "half", "cut", "old", "young", *OTHERS):
             Path(name).mkdir()
+        for name, content in OTHERS.items():
+            for path, text in content.items():
+                Path(name, path).write_text(text)
         Path("no_text/README.md").write_text("no text")
         Path("bert/config.json").write_text('{"model_type": "bert", "vocab_size": 9}')
         Path("half/config.json").write_text('{"model_type": "llama", "vocab')
@@ -210,8 +261,6 @@ def outcome(command, capfd):
 
 @pytest.mark.parametrize("command,line", cases(TABLE))
 def test_a_mistake_costs_one_line(world, monkeypatch, capfd, command, line):
-    if "bert" in command or "half" in command:
-        pytest.importorskip("safetensors")
     monkeypatch.chdir(world)
     before = files()
     code, err = outcome(command, capfd)

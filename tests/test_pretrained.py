@@ -4,6 +4,7 @@ from such a folder through train_char.py and sample.py.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_weights_in_several_files(tmp_path):
 
     one, other, *_ = sorted(tmp_path.glob("model-*.safetensors"))
     cut(one)
-    assert "SafetensorError" in refusal(tmp_path)
+    assert "damaged or cut off (" in refusal(tmp_path)
     other.unlink()
     one.unlink()
     assert "No such file" in refusal(tmp_path)
@@ -199,6 +200,13 @@ def edit_weights(folder, **shapes):
     safetensors.save_file(weights, folder / "model.safetensors")
 
 
+def set_head(folder, add):
+    """Give it a head of its own: its embeddings, plus a number."""
+    weights = safetensors.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + add
+    safetensors.save_file(weights, folder / "model.safetensors")
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -208,6 +216,7 @@ def refusal(folder, **changes):
     with pytest.raises(ValueError) as e:
         llama.from_pretrained(folder, **changes)
     assert "\n" not in str(e.value) and str(e.value).startswith(f"{folder} cannot be loaded: ")
+    assert not re.search(r"\w(Error|Exception)\b", str(e.value))  # no name of a class
     return str(e.value)
 
 
@@ -238,10 +247,13 @@ MISTAKES = [  # in config.json
         "no place for ['model.layers.0.self_at",
     ),
     (edit_weights, dict(mlp__down_proj__weight=(50, 40)), "is (50, 40)"),
+    (edit_config, dict(hidden_size=None), "int"),
+    (edit_config, dict(quantization_config={"bits": 4}), "quantization_config is"),
     # in the files
-    (lambda f: cut(f / "config.json"), {}, "JSONDecodeError"),
+    (lambda f: (f / "config.json").write_text("[1]"), {}, "model_type None is not"),
+    (lambda f: cut(f / "config.json"), {}, "a .json file is damaged (Unterm"),
     (lambda f: (f / "config.json").unlink(), {}, "config.json"),
-    (lambda f: cut(f / "model.safetensors"), {}, "SafetensorError"),
+    (lambda f: cut(f / "model.safetensors"), {}, "damaged or cut off ("),
     (lambda f: (f / "model.safetensors").unlink(), {}, "model.safetensors"),
 ]
 
@@ -251,6 +263,23 @@ def test_what_does_not_fit_is_one_line(small, tmp_path, spoil, how, message):
     folder = Path(shutil.copytree(small[1], tmp_path / "model"))
     spoil(folder, **how)
     assert message in refusal(folder)
+
+
+def test_a_head_beside_one_that_is_tied(small, tmp_path):
+    """A copy of the embeddings is one. Another head is never dropped silently, and counts if
+    the config does not tie it."""
+    shutil.copytree(small[1], tmp_path / "model")
+    edit_config(tmp_path / "model", tie_word_embeddings=True)
+    assert "lm_head.weight is not model.embed_tokens.weight; with" in refusal(tmp_path / "model")
+    edit_config(tmp_path / "model", tie_word_embeddings=False)
+    check_same(small[0], tmp_path / "model")
+
+    theirs = random_model(tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path / "tied")
+    set_head(tmp_path / "tied", 0.0)
+    check_same(theirs, tmp_path / "tied")
+    set_head(tmp_path / "tied", 1e-3)
+    assert "tie_word_embeddings is true" in refusal(tmp_path / "tied")
 
 
 def test_fields_that_there_are_not(small):
@@ -368,7 +397,7 @@ def test_a_llama_takes_the_context_of_the_preset(there, monkeypatch):
     "flags,message",
     [
         ("--init_from narrow", "narrow has fewer embeddings than its tokenizer"),
-        ("--init_from cut", "SafetensorError"),
+        ("--init_from cut", "damaged or cut off"),
         ("--init_from model --tokenizer char", "^--tokenizer is that of model; leave it out"),
         ("--init_from model --data_dir new1", "tokenizers"),
         ("--init_from model --data_dir new2", "safetensors"),

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,23 @@ def test_what_is_ignored_stays_so(monkeypatch):
             assert not stop
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+def test_a_thread_leaves_signals_alone():
+    """Only the main thread may ask for them."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+
+    def work():
+        with processes.stop_signals() as stop:
+            seen.append(
+                (list(stop), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
+            )
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [([], handlers)]
 
 
 def test_torchrun_sends_signals_twice(capfd, monkeypatch):

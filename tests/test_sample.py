@@ -1,7 +1,6 @@
 """sample.py as its users meet it: prompts, gaps, orders and files. What they do wrong is in
 test_mistakes.py."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ BLOCKS = {"lomdm": 16, "mdm": 16, "block": 4, "arm": 1, "a3": 1, "loa3": 1}  # t
 def trained(tmp_path_factory):
     """A folder with a run of each model, in a folder of its name."""
     where = tmp_path_factory.mktemp("trained")
-    with contextlib.chdir(where):
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(where)
         Path("text.txt").write_text("to be, or not to be\n_" * 100)
         for model in BLOCKS:
             more = ["--block_len", "4"] if model == "block" else []

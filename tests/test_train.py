@@ -3,6 +3,7 @@ goes wrong around them, is in test_mistakes.py."""
 
 import contextlib
 import gc
+import io
 import itertools
 import json
 import random
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -165,6 +167,54 @@ def test_training_on_tokens(work, capsys, monkeypatch):
     sample.main(["--device", "cpu", "--num_samples", "1", "--infill", "the ab__ab"])
     text = capsys.readouterr().out.split("--- sample 1\n")[1]
     assert text.startswith("the ab") and text.rstrip("\n").endswith("ab")
+
+
+# ---- where there is no terminal ------------------------------------------------------------
+
+
+class Stream(io.StringIO):
+    """A stderr that is a terminal or not."""
+
+    def __init__(self, is_terminal):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_for_a_terminal(work, monkeypatch, capsys, is_terminal):
+    """It has the time left. Elsewhere a plain line remains, one a validation."""
+    err = Stream(is_terminal)
+    monkeypatch.setattr(sys, "stderr", err)
+    train("--model arm --max_iters 4 --eval_interval 2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(" val ")[0] for line in lines] == ["step 2:", "step 4:"]
+    if is_terminal:
+        assert re.search(r"4/4 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss .* tok/s\]", err.getvalue())
+    else:
+        assert err.getvalue() == ""
+
+
+def test_a_thread_trains(work):
+    threads = [threading.Thread(target=train, args=[f"--max_iters 1 --out_dir {i}"]) for i in "ab"]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    same_runs("a", "b")
+
+
+def test_a_notebook_keeps_tracebacks(work):
+    """And so whatever a failed run held, such as the lock of its folder. The next cell goes
+    on."""
+    kept = []
+    for flags, base in ("--resume", ""), ("--max_iters 3", BASE), ("--seed 2 --resume", ""):
+        try:
+            with signals_in(2, signal.SIGINT):
+                train(flags, base)
+        except (cli.Stopped, UserError) as e:
+            kept.append(e)
+    assert len(kept) == 3
+    train("--resume", "")
+    assert checkpoint("out/last.pt")["step"] == 3
 
 
 def test_learning_rate():
@@ -456,8 +506,10 @@ def test_two_processes_do_what_one_does(work, model):
     assert less != pytest.approx(figures("one", "nelbo")[1], rel=1e-4)
 
 
-def test_accumulation_needs_equal_shares(monkeypatch):
+@pytest.mark.parametrize("given,steps", [(3, 3), (None, 1)])
+def test_accumulation_needs_equal_shares(monkeypatch, given, steps):
+    """Also where nobody gave the flag."""
     monkeypatch.setattr(train_char, "WORLD", 2)
-    s = train_char.Settings(preset="small", gradient_accumulation_steps=3)
-    with pytest.raises(UserError, match=re.escape("3 must be divisible by the 2 processes")):
+    s = train_char.Settings(preset="small", gradient_accumulation_steps=given)
+    with pytest.raises(UserError, match=f"^2 processes share .* here {steps}: .* multiple of 2"):
         train_char.settle(s, CPU)
