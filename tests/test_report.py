@@ -316,6 +316,7 @@ def test_all_is_made_once(work, capsys):
     )
 
 
+@pytest.mark.slow
 def test_older_code_is_kept_and_made_again_if_asked_for(work, monkeypatch, capsys):
     work += [training("r"), measuring("m", "print(1)", "runs/r"), measuring("n", "print(2)")]
     run_all.main([])
@@ -343,6 +344,7 @@ def test_what_fails_is_named_and_what_needs_it_is_left(work, capsys):
     assert [path.name for path in Path("experiments/logs").iterdir()] == ["good.txt"]
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_gone_on_with_and_kept(work, capsys):
     """By a signal here, and by --minutes. Nothing is measured of a run that has not ended."""
     work += [training("r", 3000), measuring("m", "print(1)", "runs/r")]
@@ -382,6 +384,7 @@ def test_nobody_goes_on_with_another_run(work, steps, code):
     assert table.is_done(work[0]) and Path("runs/r.1/last.pt").read_text() == "the other"
 
 
+@pytest.mark.slow
 def test_a_run_is_made_again_for_its_checkpoint(work):
     """In a fresh clone there are logs, but no checkpoints. The first log stands."""
     work += [training("r"), measuring("m", "print(1)", "runs/r")]
