@@ -16,6 +16,7 @@ exactly as it would have, and N processes do what one does with the same
 """
 
 import math
+import os
 import shlex
 import time
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +32,7 @@ from beyond import llama, loa3
 from plumbing import checkpoint, cli, data, pictures, processes
 from plumbing.cli import flag, need
 from plumbing.processes import RANK, WORLD
+from plumbing.tokenizers import TOKENIZERS, HuggingFace, tokenizer_of
 
 # ---- models ----------------------------------------------------------------------------------
 
@@ -158,13 +160,13 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: the ARM's, or 0]")
+    dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
     c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
-    init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
+    init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
     random_share: float = flag(0.0, "of texts in random order", least=0, below=1, only="loa3")
     # optimisation
@@ -183,14 +185,11 @@ class Settings:
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
 
-def settle(s, device, like=None):
-    """Fill in the settings that follow the preset or other flags, and refuse what cannot be.
-    like: a pretrained model whose sizes are taken over, or None."""
+def settle(s, device):
+    """Fill in the settings that follow the preset or other flags, and refuse what cannot be."""
     known = dict(PRESETS[s.preset])
     if s.text_len:
         known["seq_len"] = s.text_len
-    if like:
-        known |= {name: getattr(like.config, name) for name in SIZES}
     steps = s.max_iters or known["max_iters"]
     known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["compile"] = cli.is_modern(device)
@@ -204,9 +203,6 @@ def settle(s, device, like=None):
     cli.check(s)
     with cli.one_line(ValueError):  # curriculum() refuses wrong shares
         a3.curriculum(0, s.max_iters, s.shares, s.group_size)
-    for name in SIZES:
-        same = like is None or getattr(s, name) == getattr(like.config, name)
-        need(same, f"--{name} is not that of {s.init_from}; leave it out")
     between = s.model != "block" or 1 < s.block_len < s.seq_len
     need(between, f"--block_len: above 1 (--model arm), below {s.seq_len} (--model mdm)")
     need(s.weights == "normsig" or s.c2 == 0.65, "--c2 is for --weights normsig")
@@ -266,7 +262,7 @@ def get_lr(step, s):
 @torch.no_grad()
 def estimate_loss(model, val, s, device):
     """[(figure, mean, standard error)] of figures_of(model), in nats per token, over windows
-    of val. They are in float32, and with the same orders every time, so that one checkpoint
+    of val; one window has no error. They are in float32, and with the same orders every time, so that one checkpoint
     has one number. The error is that of windows and orders, not of seeds."""
     model.eval()
     starts = spread(len(val), s.seq_len, s.eval_windows)
@@ -281,8 +277,8 @@ def estimate_loss(model, val, s, device):
             x = windows(val, some, s.seq_len, device)
             nats.append(model.nelbo(x, generator=generator, **how))
         per_token = torch.cat(nats).cpu().double() / s.seq_len  # (n,)
-        error = per_token.std(correction=min(1, n - 1)) / math.sqrt(n)
-        found.append((figure, per_token.mean().item(), error.item()))
+        error = (per_token.std() / math.sqrt(n)).item() if n > 1 else None
+        found.append((figure, per_token.mean().item(), error))
 
     model.train()
     return found
@@ -362,6 +358,14 @@ def report(s, step, pending, stop, took, in_all, saved_at, bar):
     return stopping
 
 
+def as_text(figure, nats, error, unit):
+    """A figure of estimate_loss()."""
+    noise = " of one window" if error is None else f" ± {error:.4f}"
+    below = ", below 0 as few orders were drawn" if nats < 0 else ""
+    perplexity = math.exp(min(nats, 700))
+    return f"{nats:.4f}{noise} {unit}, perplexity {perplexity:.4g} ({figure}{below})"
+
+
 def validate(s, step, model, corpus, device, saved_at):
     """Print and log the figures of a model, and return the first one. Of several processes one
     validates, and the others wait."""
@@ -371,8 +375,7 @@ def validate(s, step, model, corpus, device, saved_at):
     cli.refuse_nan([found[0][1]], step, saved_at)
     for figure, nats, error in found:
         checkpoint.log(Path(s.out_dir), step=step, val=nats, val_error=error, kind=figure)
-        unit = f"{corpus.tokenizer.unit}, perplexity {math.exp(min(nats, 700)):.4g}"
-        tqdm.write(f"step {step}: val {nats:.4f} ± {error:.4f} {unit} ({figure})")
+        tqdm.write(f"step {step}: val {as_text(figure, nats, error, corpus.tokenizer.unit)}")
     return found[0][1]
 
 
@@ -436,33 +439,57 @@ def train(s, device, corpus, model, ckpt, about):
 # ---- start -----------------------------------------------------------------------------------
 
 
-def pretrained(s):
-    """An A3 made from the LLaMA or ARM in the folder --init_from. Also the ARM's tokenizer, or
-    None for a LLaMA, whose tokenizer becomes --tokenizer."""
+def pretrained(s, given):
+    """The model in the folder --init_from: that of a run of the same model, or an A3 made from
+    an ARM or a LLaMA. Also its tokenizer."""
     folder = Path(s.init_from)
+    same = s.tokenizer in (None, s.init_from)
+    need(same, f"--tokenizer is that of {s.init_from}; leave it out")
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
-            same = s.tokenizer in (None, s.init_from)
-            need(same, f"--tokenizer is that of {s.init_from}; leave it out")
-            s.tokenizer = s.init_from
+            need(s.model == "a3", f"--init_from {folder}: a LLaMA becomes --model a3")
             s.dropout = s.dropout or 0.0
             L = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
             how = {"dropout": s.dropout, "left_neighbour": s.left_neighbour}
-            return llama.from_pretrained(folder, L, **how), None
+            model = llama.from_pretrained(folder, L, **how)
+            return take_over(s, given, model), HuggingFace.at(folder)
 
         is_run = (folder / "ckpt.pt").is_file()
-        need(is_run, f"--init_from {folder}: no LLaMA, no ARM there")
-        ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
-        is_arm = ckpt["model_name"] == "arm"
-        need(is_arm, f"--init_from {folder}: neither a LLaMA nor an ARM")
+        need(is_run, f"--init_from {folder}: no LLaMA, no run there")
+        new = {} if s.dropout is None else {"dropout": s.dropout}
+        make = lambda name, config: make_model(name, config | new)  # noqa: E731
+        ckpt, model = checkpoint.load(folder / "ckpt.pt", make)
+        name = {"llama": "a3"}.get(ckpt["model_name"], ckpt["model_name"])
+        if (s.model, name) == ("a3", "arm"):
+            c = asdict(model.config)
+            kept = {name: c[name] for name in ("vocab_size", *SIZES, "dropout")}
+            model = a3.A3(a3.Config(**kept, left_neighbour=s.left_neighbour))
+            model.load_arm(ckpt["model"])
+        else:
+            need(s.model == name, f"--init_from {folder}: go on with it as --model {name}")
+    return take_over(s, given, model), tokenizer_of(**ckpt["tokenizer"])
 
-        if s.dropout is None:
-            s.dropout = arm.config.dropout
-        sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}
-        config = a3.Config(**sizes, dropout=s.dropout, left_neighbour=s.left_neighbour)
-        model = a3.A3(config)
-        model.load_arm(ckpt["model"])
-    return model, ckpt["tokenizer"]
+
+def take_over(s, given, model):
+    """Set the flags that say what a pretrained model is. What was given may not differ."""
+    for f in fields(Settings):
+        had = getattr(model.config, f.name, None)
+        if had is not None and s.model in (f.metadata["only"] or s.model).split():
+            same = given.get(f.name, had) == had
+            need(same, f"--{f.name} is {had} in {s.init_from}; leave it out")
+            setattr(s, f.name, had)
+    return model
+
+
+def where_is(s, ckpt, given=()):
+    """Set the paths that were relative to the folder where the run began, if they are only there."""
+    for name in ("data", "val_data", "tokenizer", "data_dir"):
+        path = getattr(s, name)
+        if not path or name in given or path in {*data.SOURCES, *TOKENIZERS}:
+            continue
+        there = Path(ckpt.get("cwd", ""), path)
+        if not Path(path).exists() and there.exists():
+            setattr(s, name, str(there))
 
 
 def new_model(s, vocab_size):
@@ -483,7 +510,18 @@ def go_on(given):
     lock = checkpoint.only_run(out)  # first, as a run that is just ending still saves
     ckpt, model = checkpoint.load(out / "last.pt", make_model)
     s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+    where_is(s, ckpt, given)
     return s, ckpt, model, lock
+
+
+def text_tokenizer(s, ckpt, wanted=None):
+    """What data.load() takes as tokenizer: with --init_from that of the model, which is `wanted`
+    or in the checkpoint."""
+    if s.init_from and ckpt:
+        wanted = tokenizer_of(**ckpt["tokenizer"])
+    if wanted is None:
+        return s.tokenizer
+    return "gpt2" if wanted.kind == "gpt2" else wanted  # which needs no tokens of its own
 
 
 def follow_device(s):
@@ -508,8 +546,8 @@ def begin(given):
     device = follow_device(s)
     if s.init_from and not ckpt:
         cli.check(s)  # is it for this model?
-        model, tokenizer = pretrained(s)
-    settle(s, device, None if ckpt else model)
+        model, tokenizer = pretrained(s, given)
+    settle(s, device)
     lock = lock or checkpoint.only_run(Path(s.out_dir))
     return s, device, ckpt, model, tokenizer, lock
 
@@ -522,15 +560,14 @@ def main(argv=None):
 
     # The text.
     with processes.first_only():
-        where = s.data, s.tokenizer, s.val_data, s.data_dir, s.text_len
+        kind = text_tokenizer(s, ckpt, wanted)
+        where = s.data, kind, s.val_data, s.data_dir, s.text_len
         corpus = data.load(*where, s.out_dir, s.seq_len)
     s.data = corpus.name
     tokenizer = corpus.tokenizer
     need(processes.agree(corpus.sha256), "the processes have different texts; see --data")
     same = not ckpt or ckpt["data_sha256"] == corpus.sha256
     need(same, f"--data {s.data} is not the text that this run began with")
-    same = not wanted or wanted == tokenizer.state
-    need(same, f"{s.init_from} has another vocabulary than --data {s.data}")
     enough = model is None or model.config.vocab_size >= tokenizer.size
     need(enough, f"{s.init_from} has fewer embeddings than its tokenizer has tokens")
 
@@ -542,6 +579,8 @@ def main(argv=None):
         "settings": asdict(s),
         "tokenizer": tokenizer.state,
         "data_sha256": corpus.sha256,
+        "separate": corpus.separate,
+        "cwd": os.getcwd(),
         "code": checkpoint.code_digest(OUR_CODE),
     }
     checkpoint.begin(Path(s.out_dir), ckpt, about)
@@ -559,9 +598,12 @@ def main(argv=None):
     print(f"{step} steps in {seconds:.0f} s; best val {val}, in {path}")
     if s.num_samples:
         z = torch.full((s.num_samples, s.seq_len), model.mask_id, device=device)
+        if corpus.separate:  # a document begins behind the end of another
+            z[:, 0] = tokenizer.end
         generator = torch.Generator(device).manual_seed(s.seed)
         x, revealed_at = model.eval().sample(z, generator=generator)
-        pictures.show(pictures.pieces(tokenizer, x, revealed_at), order=True)
+        shown = slice(int(corpus.separate), None)
+        pictures.show(pictures.pieces(tokenizer, x[:, shown], revealed_at[:, shown]), order=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ class Run:
             raise UserError(f"{path} has settings that train_char.py does not know") from None
         cli.check(s)
 
+        train_char.where_is(s, self.ckpt)
+        kind = train_char.text_tokenizer(s, self.ckpt)
         folder = data_dir or s.data_dir
-        corpus = data.load(s.data, s.tokenizer, s.val_data, folder, s.text_len)
+        corpus = data.load(s.data, kind, s.val_data, folder, s.text_len)
         self.tokenizer = corpus.tokenizer
         self.sha256 = corpus.sha256
         same = self.sha256 == self.ckpt["data_sha256"]

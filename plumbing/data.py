@@ -5,10 +5,13 @@ Text to tokens on disk: tokens.bin and meta.json, in a folder of their own.
     python -m plumbing.data --data FILE_OR_FOLDER --tokenizer gpt2
 
 train_char.py calls load() with the same flags, so that running this is never needed, only
-possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl file.
-They are read, encoded and written a few at a time, so that a corpus may be larger than the
-memory. The folder's name holds a hash of the files' names, sizes and times, so that a text
-that has changed gets a folder anew.
+possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl or .ndjson
+file, or object of a .json file. They are read, encoded and written a few at a time, so that a
+corpus may be larger than the memory. The folder's name holds a hash of the files' names, sizes
+and times, so that a text that has changed gets a folder anew.
+
+Where documents are separate, in all but a single .txt, each stands behind the end-of-text token,
+also the first, if the tokenizer has one. So a document begins where that token has been.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import urllib.request
 from dataclasses import dataclass
@@ -30,7 +34,8 @@ from plumbing import cli
 from plumbing.checkpoint import lock, write_file
 from plumbing.cli import UserError, flag, need
 from plumbing.films import films
-from plumbing.tokenizers import TOKENIZERS, clean, learn, tokenizer_of
+from plumbing.processes import RANK
+from plumbing.tokenizers import TOKENIZERS, Tokenizer, clean, learn, place, tokenizer_of
 
 DATA = Path(__file__).parents[1] / "data"
 SHAKESPEARE = "tinyshakespeare/input.txt"
@@ -38,8 +43,10 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FORMAT = 4  # of the folder; one of another format is prepared again
+FORMAT = 5  # of the folder; one of another format is prepared again
 BATCH = 256  # documents that are encoded at a time, on all cores
+JSON = (".jsonl", ".ndjson", ".json")
+NO_TEXT = ".gz .zip .xz .bz2 .zst .tar .csv .tsv .parquet .arrow .pdf .docx .epub".split()
 
 
 # ---- sources -------------------------------------------------------------------------------
@@ -113,46 +120,86 @@ def download_shakespeare(root):
 
 # ---- files ---------------------------------------------------------------------------------
 def files_of(name, data, but=()):
-    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and
-    below, sorted, without hidden ones. but: files and folders that are no part of it, such
-    as the text to validate on. UserError if there are none."""
+    """The files that the flag `name` means: one, or all .txt and JSON in a folder and
+    below, sorted, without hidden ones. Others there are named. but: files and folders that
+    are no part of it, such as the text to validate on. UserError if there are none."""
     data = Path(data)
-    need(data.exists(), f"{name} {data}: no such file or folder")
+    need(data.exists(), f"{name} {data}: no such file or folder in {Path.cwd()}")
     files = [data]
     if data.is_dir():
-        found = (p for p in data.rglob("*") if p.suffix.lower() in (".txt", ".jsonl"))
-        shown = (p for p in found if "/." not in f"/{p.relative_to(data).as_posix()}")
+        shown = (p for p in data.rglob("*") if "/." not in f"/{p.relative_to(data).as_posix()}")
         files = sorted(p for p in shown if not p.is_dir())
-
     real = {path: Path(os.path.realpath(path)) for path in (*files, *but)}
     files = [p for p in files if not any(real[p].is_relative_to(real[q]) for q in but)]
+
+    # A file that is named is a text, whatever it is called. In a folder its name decides.
+    out = [p.name for p in files if data.is_dir() and p.suffix.lower() not in (".txt", *JSON)]
+    files = [p for p in files if p.name not in out]
+    ends = ", ".join((".txt", *JSON))
+    if out and RANK == 0:
+        more = ", .." * (len(out) > 5)
+        print(f"{name} {data}: {len(out)} files left out, not {ends}: {', '.join(out[:5])}{more}")
     apart = "those of --val_data and --out_dir do not count"
-    need(files, f"{name} {data} has no .txt or .jsonl files ({apart})")
+    need(files, f"{name} {data} has no {ends} files ({apart})")
     return files
 
 
 def documents_in(files):
     """The documents in these files, one by one."""
     for path in files:
+        unpack = 'unpack it, or write its texts to a .jsonl, each line {"text": ".."}'
+        need(path.suffix.lower() not in NO_TEXT, f"{path} is no plain text: {unpack}")
         try:
-            if path.suffix.lower() == ".jsonl":
-                yield from read_jsonl(path)
-            else:
-                yield path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text") from None
+            with open(str(path), encoding="utf-8-sig", errors="surrogateescape") as f:
+                yield from read_json(f) if path.suffix.lower() in JSON else [sound(f.read(), f)]
         except OSError as e:  # in the middle of a file, it does not name the file
             raise UserError(f"cannot read {path}: {e.strerror}") from None
 
 
-def read_jsonl(path):
-    with open(path, encoding="utf-8-sig") as f:
-        for number, line in enumerate(f, 1):
+def sound(text, f, line=1):
+    """The text, clean, that begins at this line of file f. UserError for a NUL, or a byte
+    that is no UTF-8, which is a lone surrogate here."""
+    bad = re.search("[\0\ud800-\udfff]", text)
+    if not bad:
+        return clean(text)
+
+    below, column = place(text, bad.start())
+    at = f"{f.name}, line {line + below - 1}, character {column}"
+    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")) or text.count("\0") > len(text) / 4:
+        how = "is this UTF-16? iconv -f utf-16 -t utf-8"
+    elif bad[0] == "\0":
+        raise UserError(f"{at}: a NUL; tr -d '\\0' < {f.name} > new.txt drops it")
+    else:
+        how = "from Windows, as a rule: iconv -f cp1252 -t utf-8"
+    raise UserError(f"{at}: not UTF-8 text; {how} {f.name} > new.txt")
+
+
+def read_json(f):
+    """The string "text" of each object."""
+    for where, row in objects(f):
+        try:
+            yield clean(row["text"])
+        except (KeyError, TypeError, AttributeError):
+            message = f'{f.name}, {where}: not a JSON object with a string "text"'
+            raise UserError(message) from None
+
+
+def objects(f):
+    """(where, what is there) of one object a line. A .json may also be an array of them."""
+    if f.name.lower().endswith(".json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            whole = json.loads(sound(f.read(), f))
+            whole = whole if isinstance(whole, list) else [whole]
+            yield from ((f"object {n}", row) for n, row in enumerate(whole, 1))
+            return
+
+    f.seek(0)
+    for number, line in enumerate(f, 1):
+        if line.strip():
             try:
-                yield clean(json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                message = f'{path}, line {number}: not a JSON object with a string "text"'
-                raise UserError(message) from None
+                yield f"line {number}", json.loads(sound(line, f, number))
+            except json.JSONDecodeError:
+                yield f"line {number}", None
 
 
 # ---- tokens --------------------------------------------------------------------------------
@@ -163,8 +210,9 @@ def batches(documents, what):
         yield batch
 
 
-def prepare(target, train, val, kind):
-    """Make the folder with tokens.bin and meta.json: all of it, or nothing."""
+def prepare(target, train, val, kind, separate):
+    """Make the folder with tokens.bin and meta.json: all of it, or nothing. separate: the end
+    of a text stands before each document."""
     work = Path(f"{target}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # a preparation that was killed left it
     work.mkdir(parents=True)
@@ -172,26 +220,28 @@ def prepare(target, train, val, kind):
         parts = [train, val] if val else [train]
         texts = (batch for part in parts for batch in batches(part(), "vocabulary"))
         tokenizer = learn(kind, texts)
-        n_train, *rest = write_tokens(work / "tokens.bin", parts, tokenizer)
+        separate = separate and tokenizer.end is not None
+        n_train, *rest = write_tokens(work / "tokens.bin", parts, tokenizer, separate)
         if not rest:
             n_train = int(0.9 * n_train)
 
         sha256 = checksum(work, tokenizer, n_train)
-        meta = json.dumps(dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256))
+        about = dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256)
+        meta = json.dumps(about | dict(separate=separate))
         write_file(work / "meta.json", lambda path: path.write_text(meta, "utf-8"))
         os.rename(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_tokens(path, parts, tokenizer):
+def write_tokens(path, parts, tokenizer, separate):
     """The tokens of all parts, one after another. Returns how many each part has."""
     counts = []
     with open(path, "wb") as f:
         for part in parts:
             begin = f.tell()
             for batch in batches(part(), "tokens"):
-                if f.tell() > begin:
+                if separate or f.tell() > begin:
                     f.write(tokenizer.separator().tobytes())
                 f.write(tokenizer.encode_all(batch).tobytes())
             counts.append((f.tell() - begin) // tokenizer.dtype.itemsize)
@@ -218,12 +268,13 @@ def checksum(folder, tokenizer, n_train):
 
 class Corpus:
     """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three;
-    the name of the data."""
+    the name of the data; separate, whether documents begin behind the end of a text."""
 
     def __init__(self, folder, name):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.name = name
         self.sha256 = meta["sha256"]
+        self.separate = meta["separate"]
         self.tokenizer = tokenizer_of(**meta["tokenizer"])
         tokens = tokens_in(folder, self.tokenizer.dtype)
         self.train = tokens[: meta["n_train"]]
@@ -238,7 +289,8 @@ class Corpus:
 def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=None, least=0):
     """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a
     list of texts of so many tokens; val begins with one, too. but: a folder that is not
-    among the texts, as a run writes its log to it. least: how many tokens it must have.
+    among the texts, as a run writes its log to it. least: how many tokens it must have. The
+    tokenizer may also be one that is there, from a checkpoint.
 
     UserError for what cannot be read, and for too few tokens."""
     root = Path(folder or DATA)
@@ -251,6 +303,8 @@ def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=No
     files = [] if data in SOURCES else files_of("--data", data, apart + held_out)
     kind = tokenizer or ("gpt2" if data == "openwebtext" else "char")
     target = root / folder_for(data, kind, files, held_out)
+    single = [Path(data)] == files and Path(data).suffix.lower() not in JSON
+    separate = data == "openwebtext" if data in SOURCES else not single
 
     # Of several processes that want the same, one prepares it.
     if not target.exists():
@@ -261,7 +315,7 @@ def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=No
                     train, val = SOURCES[data](root)
                 if held_out:
                     val = functools.partial(documents_in, held_out)
-                prepare(target, train, val, kind)
+                prepare(target, train, val, kind, separate)
 
     corpus = Corpus(target, data)
     if text_len and not held_out:  # the last tenth may begin amid a text
@@ -279,12 +333,15 @@ def folder_for(data, kind, files, held_out):
     """A name that changes with the text, the tokenizer, and the files of both. UserError if
     there is no such tokenizer."""
     parts = []
-    if kind not in TOKENIZERS:
+    about = [FORMAT, len(held_out)]
+    if isinstance(kind, Tokenizer):
+        about.append(kind.state)
+        kind = kind.kind
+    elif kind not in TOKENIZERS:
         names = f"{', '.join(TOKENIZERS)} nor a folder with tokenizer.json"
         parts = sorted(Path(kind).glob("tokenizer*.json"))
         need(Path(kind, "tokenizer.json") in parts, f"--tokenizer {kind}: neither {names}")
 
-    about = [FORMAT, len(held_out)]
     for path in (*files, *held_out, *parts):
         found = path.stat()
         about += [os.path.realpath(path), found.st_size, found.st_mtime_ns]

@@ -3,22 +3,31 @@ Text to tokens and back. A tokenizer is a class and its entry in TOKENIZERS, at 
 
 It has kind, its name in the table; size, how many tokens there are; dtype, what a token
 takes on disk; unit, of a loss; end, the token between documents, or None; state, what JSON
-and checkpoints keep of it; and learn, encode, encode_all and pieces.
+and checkpoints keep of it; and learn, encode, encode_inside, encode_all and pieces.
 """
 
+import functools
 import itertools
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, need
 
 
 def clean(text):
-    """A terminal or a JSON string may hand over half characters (lone surrogates): now ?."""
-    return text.encode("utf-8", "replace").decode()
+    """Texts and prompts alike: line ends are \\n, characters are composed (NFC), and half
+    ones (lone surrogates), as a terminal or a JSON string may hand them over, are ?."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+
+
+def place(text, i):
+    """Line and character of text[i], both from 1."""
+    return text.count("\n", 0, i) + 1, i - text.rfind("\n", 0, i)
 
 
 class Tokenizer:
@@ -37,9 +46,16 @@ class Tokenizer:
         """(L,)"""
         return self.encode_all([clean(text)])
 
+    def encode_inside(self, text):
+        """The same for a text that stands behind another one."""
+        return self.encode(text)
+
     def separator(self):
         """The tokens between two documents."""
-        return self.encode(self.between) if self.end is None else np.array([self.end], self.dtype)
+        ids = self.encode_inside(self.between) if self.end is None else [self.end]
+        message = "this tokenizer drops line ends: tokenizer_config.json must name an eos_token"
+        need(len(ids), f"{message}, to stand between documents")
+        return np.array(ids, self.dtype)
 
     def encode_all(self, texts):
         """The tokens (L,) of several documents."""
@@ -82,11 +98,19 @@ class Characters(Tokenizer):
     def encode_each(self, texts):
         for text in texts:
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            unknown = codes[~np.isin(codes, self.codes)]
+            unknown = np.flatnonzero(~np.isin(codes, self.codes))
             if len(unknown):
-                c = repr(chr(unknown[0]))
-                raise UserError(f"{c} does not occur in the text that this model was trained on")
+                self.refuse(text, unknown)
             yield np.searchsorted(self.codes, codes)
+
+    def refuse(self, text, places):
+        """UserError that names the unknown characters at these places, and the first place."""
+        unknown = list(dict.fromkeys(text[i] for i in places))
+        names = ", ".join(map(repr, unknown[:5])) + ", .." * (len(unknown) > 5)
+        line, column = place(text, places[0])
+        message = f"{names} (first in line {line}, character {column}) does not occur in the"
+        hint = "; a line end in a prompt is typed $'one\\ntwo'" if "\\" in unknown else ""
+        raise UserError(f"{message} text that this model was trained on{hint}")
 
     def pieces(self, ids):
         return [self.vocab[i] for i in ids]
@@ -139,10 +163,16 @@ class HuggingFace(Tokenizer):
         except Exception as e:  # tokenizers raises nothing more special
             raise UserError(f"the tokenizer.json is damaged ({str(e)[:60]})") from None
 
-        self.bpe.encode_special_tokens = True  # what looks like one is plain text
-        self.bpe.no_truncation()
-        self.bpe.no_padding()
+        self.plain(self.bpe)
         super().__init__(self.bpe.get_vocab_size(), [text, end])
+        named = {self.bpe.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.bytes = {} if None in named else named
+
+    def plain(self, bpe):
+        bpe.encode_special_tokens = True  # what looks like one is plain text
+        bpe.no_truncation()
+        bpe.no_padding()
+        return bpe
 
     @classmethod
     def at(cls, folder):
@@ -151,7 +181,8 @@ class HuggingFace(Tokenizer):
         config = Path(folder, "tokenizer_config.json")
         if config.is_file():
             try:
-                end = json.loads(config.read_text("utf-8")).get("eos_token")
+                names = json.loads(config.read_text("utf-8"))
+                end = names.get("eos_token") or names.get("sep_token")  # as BERT calls it
                 end = end["content"] if isinstance(end, dict) else end
             except (ValueError, AttributeError, KeyError):
                 raise UserError(f"{config} is damaged") from None
@@ -160,16 +191,47 @@ class HuggingFace(Tokenizer):
     def encode_each(self, texts):
         return [found.ids for found in self.bpe.encode_batch(texts, add_special_tokens=False)]
 
+    @functools.cached_property
+    def inside(self):
+        """The same without the mark, "▁" or a space, that stands before whatever is encoded."""
+
+        def unmark(part):
+            new = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
+            return part | {name: new[name] for name in new.keys() & part.keys()}
+
+        whole = json.loads(self.state["vocab"][0])
+        for step in ("normalizer", "pre_tokenizer"):
+            whole[step] = json.loads(json.dumps(whole[step]), object_hook=unmark)
+        return self.plain(type(self.bpe).from_str(json.dumps(whole)))
+
+    def encode_inside(self, text):
+        """UserError unless it follows another text as it would within one."""
+        text = clean(text)
+        ids = self.inside.encode(text, add_special_tokens=False).ids
+        before = self.encode("a").tolist()
+        same = self.decode([*before, *ids]) == self.decode(self.encode(f"a{text}").tolist())
+        need(same, f"this tokenizer cannot put {text[:20]!r} behind another text as it is")
+        return np.array(ids, self.dtype)
+
     def decode(self, ids):
-        return self.bpe.decode(ids, skip_special_tokens=False)
+        """A byte that makes no character spoils none beside it, as it would in the package."""
+        whole = []
+        for is_byte, run in itertools.groupby(ids, self.bytes.__contains__):
+            if is_byte:
+                text = bytes(self.bytes[i] for i in run).decode("utf-8", "replace")
+                run = [self.bpe.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+            whole += run
+        return self.bpe.decode(whole, skip_special_tokens=False)
 
 
 TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their folder
 
 
 def learn(name, batches):
-    """The tokenizer of that name, or in a folder with tokenizer.json. The batches of texts
-    decide which characters there are."""
+    """The tokenizer of that name, or in a folder with tokenizer.json, or itself if it is one.
+    The batches of texts decide which characters there are."""
+    if isinstance(name, Tokenizer):
+        return name
     if name not in TOKENIZERS:
         return HuggingFace.at(name)
     if name != "char":
