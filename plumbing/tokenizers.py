@@ -19,10 +19,10 @@ from plumbing.cli import UserError, need
 
 
 def clean(text):
-    """Texts and prompts alike: line ends are \\n, characters are composed (NFC), and half
-    ones (lone surrogates), as a terminal or a JSON string may hand them over, are ?."""
+    """Texts and prompts alike: each line end is \\n, and half characters (lone surrogates), as
+    a terminal or a JSON string may hand them over, are ?."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+    return text.encode("utf-8", "replace").decode()
 
 
 def place(text, i):
@@ -97,20 +97,29 @@ class Characters(Tokenizer):
 
     def encode_each(self, texts):
         for text in texts:
-            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            unknown = np.flatnonzero(~np.isin(codes, self.codes))
-            if len(unknown):
+            unknown = self.unknown(text)
+            for form in ("NFC", "NFD") if unknown else ():  # é as one character, or as two
+                same = unicodedata.normalize(form, text)
+                if not self.unknown(same):
+                    text, unknown = same, []
+            if unknown:
                 self.refuse(text, unknown)
+            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
             yield np.searchsorted(self.codes, codes)
 
-    def refuse(self, text, places):
-        """UserError that names the unknown characters at these places, and the first place."""
-        unknown = list(dict.fromkeys(text[i] for i in places))
+    def unknown(self, text):
+        """The characters that are none of these, each once, in the order of the text."""
+        known = set(self.vocab)
+        return [c for c in dict.fromkeys(text) if c not in known]
+
+    def refuse(self, text, unknown):
+        """UserError that names the unknown characters and the place of the first."""
         names = ", ".join(map(repr, unknown[:5])) + ", .." * (len(unknown) > 5)
-        line, column = place(text, places[0])
-        message = f"{names} (first in line {line}, character {column}) does not occur in the"
-        hint = "; a line end in a prompt is typed $'one\\ntwo'" if "\\" in unknown else ""
-        raise UserError(f"{message} text that this model was trained on{hint}")
+        line, column = place(text, text.index(unknown[0]))
+        where = f"first in line {line}, character {column}"
+        hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
+        message = "does not occur in the text that this model was trained on"
+        raise UserError(f"{names} ({where}) {message}{hint}")
 
     def pieces(self, ids):
         return [self.vocab[i] for i in ids]
@@ -182,7 +191,7 @@ class HuggingFace(Tokenizer):
         if config.is_file():
             try:
                 names = json.loads(config.read_text("utf-8"))
-                end = names.get("eos_token") or names.get("sep_token")  # as BERT calls it
+                end = names.get("eos_token", names.get("sep_token"))  # as BERT calls it
                 end = end["content"] if isinstance(end, dict) else end
             except (ValueError, AttributeError, KeyError):
                 raise UserError(f"{config} is damaged") from None
