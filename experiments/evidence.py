@@ -349,7 +349,9 @@ def perplexity(runs, a):
     byte, over windows side by side as train_char.py validates."""
     for run in runs:
         x = run.val.cpu()
-        text = "".join(run.tokenizer.pieces(x.flatten().tolist()))
+        ids = x.flatten().tolist()
+        pieces = zip(run.tokenizer.pieces(ids), ids, strict=True)
+        text = "".join("\n" if i == run.tokenizer.end else piece for piece, i in pieces)
         units = {"token": x.numel(), "word": len(text.split()), "byte": len(text.encode())}
         counts = ", ".join(f"{n:,} {unit}s" for unit, n in units.items())
         print(f"{run.name}: {counts} (words between blanks, bytes of UTF-8)")
