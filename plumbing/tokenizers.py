@@ -213,6 +213,13 @@ class HuggingFace(Tokenizer):
             whole[step] = json.loads(json.dumps(whole[step]), object_hook=unmark)
         return self.plain(type(self.bpe).from_str(json.dumps(whole)))
 
+    def encode(self, text):
+        """A space at the beginning may be taken for the mark, and is then given twice."""
+        ids = super().encode(text)
+        spaces = text[: len(text) - len(text.lstrip(" "))]
+        lost = spaces and not self.decode(ids.tolist()).startswith(spaces)
+        return self.encode_inside(f" {text}") if lost else ids
+
     def encode_inside(self, text):
         """UserError unless it follows another text as it would within one."""
         text = clean(text)
