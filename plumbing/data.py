@@ -5,13 +5,12 @@ Text to tokens on disk: tokens.bin and meta.json, in a folder of their own.
     python -m plumbing.data --data FILE_OR_FOLDER --tokenizer gpt2
 
 train_char.py calls load() with the same flags, so that running this is never needed, only
-possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl or .ndjson
-file, or object of a .json file. They are read, encoded and written a few at a time, so that a
-corpus may be larger than the memory. The folder's name holds a hash of the files' names, sizes
-and times, so that a text that has changed gets a folder anew.
+possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl file.
+They are read, encoded and written a few at a time, so that a corpus may be larger than the
+memory. The folder's name holds a hash of the files' names, sizes and times, so that a text
+that has changed gets a folder anew.
 
-Where documents are separate, in all but a single .txt, each stands behind the end-of-text token,
-also the first, if the tokenizer has one. So a document begins where that token has been.
+Of several documents each stands behind the end-of-text token, if there is one, the first too.
 """
 
 import contextlib
@@ -120,28 +119,25 @@ def download_shakespeare(root):
 
 # ---- files ---------------------------------------------------------------------------------
 def files_of(name, data, but=()):
-    """The files that the flag `name` means: one, or all .txt and JSON in a folder and
-    below, sorted, without hidden ones. Others there are named. but: files and folders that
-    are no part of it, such as the text to validate on. UserError if there are none."""
+    """The files that the flag `name` means: one, or all texts in a folder and below, sorted,
+    without hidden ones. Others there are named. but: files and folders that are no part of
+    it, such as the text to validate on. UserError if there are none."""
     data = Path(data)
     need(data.exists(), f"{name} {data}: no such file or folder in {Path.cwd()}")
     files = [data]
     if data.is_dir():
         shown = (p for p in data.rglob("*") if "/." not in f"/{p.relative_to(data).as_posix()}")
         files = sorted(p for p in shown if not p.is_dir())
+
     real = {path: Path(os.path.realpath(path)) for path in (*files, *but)}
     files = [p for p in files if not any(real[p].is_relative_to(real[q]) for q in but)]
-
-    # A file that is named is a text, whatever it is called. In a folder its name decides.
-    out = [p.name for p in files if data.is_dir() and p.suffix.lower() not in (".txt", *JSON)]
-    files = [p for p in files if p.name not in out]
-    ends = ", ".join((".txt", *JSON))
+    texts = [p for p in files if p.suffix.lower() in (".txt", *JSON) or p == data]
+    out = [p.name for p in files if p not in texts]
     if out and RANK == 0:
-        more = ", .." * (len(out) > 5)
-        print(f"{name} {data}: {len(out)} files left out, not {ends}: {', '.join(out[:5])}{more}")
+        print(f"{name} {data}: {len(out)} files left out, no .txt or JSON:", *out[:9])
     apart = "those of --val_data and --out_dir do not count"
-    need(files, f"{name} {data} has no {ends} files ({apart})")
-    return files
+    need(texts, f"{name} {data} has no .txt or .jsonl files ({apart})")
+    return texts
 
 
 def documents_in(files):
@@ -164,42 +160,32 @@ def sound(text, f, line=1):
         return clean(text)
 
     below, column = place(text, bad.start())
+    wide = text.startswith(("\udcff\udcfe", "\udcfe\udcff")) or text.count("\0") > len(text) / 4
+    how = f"iconv -f {'utf-16' if wide else 'cp1252'} -t utf-8"
+    if bad[0] == "\0" and not wide:
+        how = "tr -d '\\0' <"
     at = f"{f.name}, line {line + below - 1}, character {column}"
-    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")) or text.count("\0") > len(text) / 4:
-        how = "is this UTF-16? iconv -f utf-16 -t utf-8"
-    elif bad[0] == "\0":
-        raise UserError(f"{at}: a NUL; tr -d '\\0' < {f.name} > new.txt drops it")
-    else:
-        how = "from Windows, as a rule: iconv -f cp1252 -t utf-8"
-    raise UserError(f"{at}: not UTF-8 text; {how} {f.name} > new.txt")
+    raise UserError(f"{at}: no UTF-8 text; perhaps {how} {f.name} > new.txt makes it one")
 
 
 def read_json(f):
-    """The string "text" of each object."""
-    for where, row in objects(f):
-        try:
-            yield clean(row["text"])
-        except (KeyError, TypeError, AttributeError):
-            message = f'{f.name}, {where}: not a JSON object with a string "text"'
-            raise UserError(message) from None
-
-
-def objects(f):
-    """(where, what is there) of one object a line. A .json may also be an array of them."""
+    """The string "text" of each object: one a line, or in a .json also an array of them."""
+    whole = None
     if f.name.lower().endswith(".json"):
         with contextlib.suppress(json.JSONDecodeError):
             whole = json.loads(sound(f.read(), f))
             whole = whole if isinstance(whole, list) else [whole]
-            yield from ((f"object {n}", row) for n, row in enumerate(whole, 1))
-            return
+        f.seek(0)
 
-    f.seek(0)
-    for number, line in enumerate(f, 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(sound(line, f, number))
-            except json.JSONDecodeError:
-                yield f"line {number}", None
+    for number, row in enumerate(f if whole is None else whole, 1):
+        try:
+            if whole is None and not row.strip():
+                continue
+            row = json.loads(sound(row, f, number)) if whole is None else row
+            yield clean(row["text"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            where = f"{f.name}, {'object' if whole else 'line'} {number}"
+            raise UserError(f'{where}: not a JSON object with a string "text"') from None
 
 
 # ---- tokens --------------------------------------------------------------------------------

@@ -53,8 +53,7 @@ class Tokenizer:
     def separator(self):
         """The tokens between two documents."""
         ids = self.encode_inside(self.between) if self.end is None else [self.end]
-        message = "this tokenizer drops line ends: tokenizer_config.json must name an eos_token"
-        need(len(ids), f"{message}, to stand between documents")
+        need(len(ids), "no line ends in this tokenizer: name an eos_token in its config")
         return np.array(ids, self.dtype)
 
     def encode_all(self, texts):
@@ -97,29 +96,20 @@ class Characters(Tokenizer):
 
     def encode_each(self, texts):
         for text in texts:
-            unknown = self.unknown(text)
-            for form in ("NFC", "NFD") if unknown else ():  # é as one character, or as two
-                same = unicodedata.normalize(form, text)
-                if not self.unknown(same):
-                    text, unknown = same, []
+            # é is one character or two (NFC, NFD), and a prompt may have the other form.
+            forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
+            text = min(forms, key=lambda form: len(set(form).difference(self.vocab)))
+            unknown = [c for c in dict.fromkeys(text) if c not in self.vocab]
             if unknown:
-                self.refuse(text, unknown)
+                names = ", ".join(map(repr, unknown[:9]))
+                line, column = place(text, text.index(unknown[0]))
+                hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
+                raise UserError(
+                    f"{names} (first in line {line}, character {column}) does not occur in the "
+                    f"text that this model was trained on{hint}"
+                )
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
             yield np.searchsorted(self.codes, codes)
-
-    def unknown(self, text):
-        """The characters that are none of these, each once, in the order of the text."""
-        known = set(self.vocab)
-        return [c for c in dict.fromkeys(text) if c not in known]
-
-    def refuse(self, text, unknown):
-        """UserError that names the unknown characters and the place of the first."""
-        names = ", ".join(map(repr, unknown[:5])) + ", .." * (len(unknown) > 5)
-        line, column = place(text, text.index(unknown[0]))
-        where = f"first in line {line}, character {column}"
-        hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
-        message = "does not occur in the text that this model was trained on"
-        raise UserError(f"{names} ({where}) {message}{hint}")
 
     def pieces(self, ids):
         return [self.vocab[i] for i in ids]
@@ -172,16 +162,12 @@ class HuggingFace(Tokenizer):
         except Exception as e:  # tokenizers raises nothing more special
             raise UserError(f"the tokenizer.json is damaged ({str(e)[:60]})") from None
 
-        self.plain(self.bpe)
+        self.bpe.encode_special_tokens = True  # what looks like one is plain text
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
         super().__init__(self.bpe.get_vocab_size(), [text, end])
         named = {self.bpe.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         self.bytes = {} if None in named else named
-
-    def plain(self, bpe):
-        bpe.encode_special_tokens = True  # what looks like one is plain text
-        bpe.no_truncation()
-        bpe.no_padding()
-        return bpe
 
     @classmethod
     def at(cls, folder):
@@ -202,30 +188,27 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def inside(self):
-        """The same without the mark, "▁" or a space, that stands before whatever is encoded."""
-
-        def unmark(part):
-            new = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
-            return part | {name: new[name] for name in new.keys() & part.keys()}
-
-        whole = json.loads(self.state["vocab"][0])
+        """The same without the mark, "▁" or a space, that stands before what is encoded."""
+        off = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
+        unmark = lambda part: part | {k: off[k] for k in off.keys() & part.keys()}  # noqa: E731
+        text, end = self.state["vocab"]
+        whole = json.loads(text)
         for step in ("normalizer", "pre_tokenizer"):
             whole[step] = json.loads(json.dumps(whole[step]), object_hook=unmark)
-        return self.plain(type(self.bpe).from_str(json.dumps(whole)))
+        return HuggingFace([json.dumps(whole), end])
 
     def encode(self, text):
         """A space at the beginning may be taken for the mark, and is then given twice."""
         ids = super().encode(text)
         spaces = text[: len(text) - len(text.lstrip(" "))]
-        lost = spaces and not self.decode(ids.tolist()).startswith(spaces)
+        lost = spaces and not self.decode(ids).startswith(spaces)
         return self.encode_inside(f" {text}") if lost else ids
 
     def encode_inside(self, text):
         """UserError unless it follows another text as it would within one."""
         text = clean(text)
-        ids = self.inside.encode(text, add_special_tokens=False).ids
-        before = self.encode("a").tolist()
-        same = self.decode([*before, *ids]) == self.decode(self.encode(f"a{text}").tolist())
+        [ids] = self.inside.encode_each([text])
+        same = self.decode([*self.encode("a"), *ids]) == self.decode(self.encode(f"a{text}"))
         need(same, f"this tokenizer cannot put {text[:20]!r} behind another text as it is")
         return np.array(ids, self.dtype)
 
@@ -236,7 +219,7 @@ class HuggingFace(Tokenizer):
             if is_byte:
                 text = bytes(self.bytes[i] for i in run).decode("utf-8", "replace")
                 run = [self.bpe.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-            whole += run
+            whole += map(int, run)
         return self.bpe.decode(whole, skip_special_tokens=False)
 
 

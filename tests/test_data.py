@@ -116,7 +116,7 @@ def test_validation_from_another_text():
     assert load("docs", but="docs/out").sha256 != corpus.sha256  # both are kept
     fails("--val_data nowhere: no such file", "docs", val_data="nowhere")
     for same in ("docs", "./docs", "link", "docs/a.txt"):
-        fails("has no .txt, .jsonl, .ndjson, .json files .those", "docs/a.txt", val_data=same, but="docs/out")
+        fails("has no .txt or .jsonl files .those", "docs/a.txt", val_data=same, but="docs/out")
 
 
 def test_many_characters_need_four_bytes():

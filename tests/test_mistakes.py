@@ -88,7 +88,7 @@ error: --data missing.txt: no such file or folder in ..
 $ train --data itself                                   # a link to itself
 error: --data itself: no such file or folder in ..
 $ train --data no_text                                  # a folder without texts
-error: --data no_text has no .txt, .jsonl, .ndjson, .json files ..
+error: --data no_text has no .txt or .jsonl files ..
 $ train --data good                                     # a folder with the logs of a run
 error: good/log.jsonl, line 1: not a JSON object with a string "text"
 $ train --data empty.txt                                # an empty file
@@ -96,7 +96,7 @@ error: --data empty.txt has 0 + 0 tokens to train and validate on, too few for a
 $ train --data short.txt                                # a file that is too short
 error: --data short.txt has 27 + 3 tokens to train and validate on, too few for a window of ..
 $ train --data latin1.txt                               # another encoding
-error: latin1.txt, line 1, character 4: not UTF-8 text; .. iconv -f cp1252 -t utf-8 latin1.txt ..
+error: latin1.txt, line 1, character 4: no UTF-8 text; perhaps iconv -f cp1252 -t utf-8 latin1.txt ..
 $ train --data bad.jsonl                                # another format
 error: bad.jsonl, line 2: not a JSON object with a string "text"
 $ train --tokenizer no_text                             # a folder without a tokenizer
