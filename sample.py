@@ -34,9 +34,12 @@ class Settings:
     out_dir: str = flag("out", "where train_char.py wrote ckpt.pt")
     prompt: str | None = flag(None, "text to continue")
     prompt_file: str | None = flag(None, "or a file that holds it; - is standard input")
-    infill: str | None = flag(None, r"text with gaps, each _ one token, with its space if it has one: "
-        r"write is__. and not is __.; \_ is a _")
-    begin: bool | None = flag(None, "a document begins here [if it was trained on separate ones]")
+    infill: str | None = flag(
+        None,
+        r"text with gaps, each _ one token (which most often has its "
+        r"own space: is__. not is __.); \_ is a _",
+    )
+    begin: bool | None = flag(None, "begin a document [if trained on separate documents]")
     length: int | None = flag(None, "tokens in all, prompt included [the window]", least=1)
     num_samples: int = flag(3, "how many", least=1, below=2**20)
     temperature: float = flag(1.0, "0: always the likeliest", least=0)
@@ -206,7 +209,7 @@ def main(argv=None):
     generator = torch.Generator(device).manual_seed(s.seed)
     x, revealed_at = write(model.eval(), s, x, length, tokenizer.end, generator)
 
-    samples = cut(x, revealed_at, n, tokenizer, int(begin))
+    samples = cut(x, revealed_at, n, tokenizer, first=int(begin))
     pictures.show(samples, s.show == "order")
     if s.html:
         best = f"validation {ckpt['best']:.3f} nats per token after {ckpt['step']:,} steps"

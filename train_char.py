@@ -277,8 +277,9 @@ def get_lr(step, s):
 @torch.no_grad()
 def estimate_loss(model, val, s, device):
     """[(figure, mean, standard error)] of figures_of(model), in nats per token, over windows
-    of val; one window has no error. They are in float32, and with the same orders every time, so that one checkpoint
-    has one number. The error is that of windows and orders, not of seeds."""
+    of val. They are in float32, and with the same orders every time, so that one checkpoint
+    has one number. The error is that of windows and orders, not of seeds. One window has
+    none."""
     model.eval()
     starts = spread(len(val), s.seq_len, s.eval_windows)
     n = len(starts)
@@ -499,7 +500,7 @@ def take_over(s, given, model):
 
 
 def where_is(s, ckpt, given=()):
-    """Set the paths that were relative to the folder where the run began, if they are only there."""
+    """Set paths that were relative to the folder where the run began, if they are only there."""
     for name in ("data", "val_data", "tokenizer", "data_dir"):
         path = getattr(s, name)
         if not path or name in given or path in {*data.SOURCES, *TOKENIZERS}:
@@ -620,7 +621,8 @@ def main(argv=None):
         generator = torch.Generator(device).manual_seed(s.seed)
         x, revealed_at = model.eval().sample(z, generator=generator)
         shown = slice(int(corpus.separate), None)
-        pictures.show(pictures.pieces(tokenizer, x[:, shown], revealed_at[:, shown]), order=True)
+        samples = pictures.pieces(tokenizer, x[:, shown], revealed_at[:, shown])
+        pictures.show(samples, order=True)
 
 
 if __name__ == "__main__":

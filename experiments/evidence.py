@@ -357,7 +357,8 @@ def perplexity(runs, a):
         print(f"{run.name}: {counts} (words between blanks, bytes of UTF-8)")
 
         s = train_char.Settings(seq_len=x.shape[1], eval_windows=len(x))
-        for figure, nats, _ in train_char.estimate_loss(run.model, x.flatten().numpy(), s, a.device):
+        found = train_char.estimate_loss(run.model, x.flatten().numpy(), s, a.device)
+        for figure, nats, _ in found:
             for unit, n in units.items():
                 per = nats * x.numel() / max(1, n)
                 how = f"nats per {unit}, perplexity {math.exp(min(per, 700)):.4g}"

@@ -45,7 +45,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FORMAT = 5  # of the folder; one of another format is prepared again
 BATCH = 256  # documents that are encoded at a time, on all cores
 JSON = (".jsonl", ".ndjson", ".json")
-NO_TEXT = ".gz .zip .xz .bz2 .zst .tar .csv .tsv .parquet .arrow .pdf .docx .epub".split()
+NO_TEXT = (".gz", ".zip", ".xz", ".bz2", ".zst", ".csv", ".tsv", ".parquet", ".pdf", ".docx")
 
 
 # ---- sources -------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ class Tokenizer:
 
     def separator(self):
         """The tokens between two documents."""
-        ids = self.encode_inside(self.between) if self.end is None else [self.end]
-        need(len(ids), "no line ends in this tokenizer: name an eos_token in its config")
-        return np.array(ids, self.dtype)
+        if self.end is not None:
+            return np.array([self.end], self.dtype)
+        return self.encode_inside(self.between)
 
     def encode_all(self, texts):
         """The tokens (L,) of several documents."""
@@ -205,11 +205,12 @@ class HuggingFace(Tokenizer):
         return self.encode_inside(f" {text}") if lost else ids
 
     def encode_inside(self, text):
-        """UserError unless it follows another text as it would within one."""
+        """UserError unless it comes out as it went in."""
         text = clean(text)
         [ids] = self.inside.encode_each([text])
-        same = self.decode([*self.encode("a"), *ids]) == self.decode(self.encode(f"a{text}"))
-        need(same, f"this tokenizer cannot put {text[:20]!r} behind another text as it is")
+        same = self.decode([*self.encode("a"), *ids]) == f"a{text}"
+        why = ", and tokenizer_config.json names no eos_token" if text == self.between else ""
+        need(same, f"this tokenizer cannot put {text[:20]!r} behind another text as it is{why}")
         return np.array(ids, self.dtype)
 
     def decode(self, ids):

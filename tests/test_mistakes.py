@@ -96,7 +96,7 @@ error: --data empty.txt has 0 + 0 tokens to train and validate on, too few for a
 $ train --data short.txt                                # a file that is too short
 error: --data short.txt has 27 + 3 tokens to train and validate on, too few for a window of ..
 $ train --data latin1.txt                               # another encoding
-error: latin1.txt, line 1, character 4: no UTF-8 text; perhaps iconv -f cp1252 -t utf-8 latin1.txt ..
+error: latin1.txt, line 1, character 4: no UTF-8 text; perhaps iconv -f cp1252 ..
 $ train --data bad.jsonl                                # another format
 error: bad.jsonl, line 2: not a JSON object with a string "text"
 $ train --tokenizer no_text                             # a folder without a tokenizer
