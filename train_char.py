@@ -249,10 +249,11 @@ def get_batch(s, text, step, m, device, mark=None):
     """Windows (batch_size, seq_len) for micro-batch m of a step. The seed that is set here
     also decides what the loss draws: orders, and dropout.
 
-    mark: the token with which documents begin. A quarter of the windows does so, too, or it
-    would be rare in the first place, and a sample begins there. That leaves p(window | it
-    begins with the mark) as it is in the text. It makes such windows likelier, so that others,
-    as in validation, cost up to -log(3/4) = 0.29 nats more, once a window."""
+    mark: the token with which documents begin. A quarter of the windows is moved on to the
+    next one, as a sample begins with it, and elsewhere it is rare in the first place. If the
+    lengths of documents say nothing about their neighbours, what follows the mark stays as
+    likely as it was. The mark gets likelier, so that a window that begins otherwise, as most do
+    in validation, costs -log(3/4) = 0.29 nats more at the most, on its first token."""
     entropy = (s.seed, step, m + 1)  # not m, as SeedSequence drops a 0 at the end
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))

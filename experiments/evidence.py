@@ -345,8 +345,9 @@ def strips(runs, a):
 
 # ---- a text of one's own -------------------------------------------------------------------------
 def perplexity(runs, a):
-    """What --val_data costs, or else the validation text: nats and perplexity per token, word and
-    byte, over windows side by side as train_char.py validates."""
+    """What --val_data costs, or else the validation text: nats and perplexity per token, word
+    (between blanks) and byte (of UTF-8), in windows side by side, as train_char.py validates. What
+    is left behind the last whole window is not read, and not counted."""
     for run in runs:
         x = run.val.cpu()
         ids = x.flatten().tolist()
@@ -354,7 +355,7 @@ def perplexity(runs, a):
         text = "".join("\n" if i == run.tokenizer.end else piece for piece, i in pieces)
         units = {"token": x.numel(), "word": len(text.split()), "byte": len(text.encode())}
         counts = ", ".join(f"{n:,} {unit}s" for unit, n in units.items())
-        print(f"{run.name}: {counts} (words between blanks, bytes of UTF-8)")
+        print(f"{run.name}: {counts} in {len(x)} windows of {x.shape[1]}")
 
         s = train_char.Settings(seq_len=x.shape[1], eval_windows=len(x))
         found = train_char.estimate_loss(run.model, x.flatten().numpy(), s, a.device)

@@ -35,11 +35,6 @@ def need(condition, message):
         raise UserError(message)
 
 
-def refuse(wrong, message):
-    """The opposite of need(), for callers that still say it this way."""
-    need(not wrong, message)
-
-
 @contextlib.contextmanager
 def one_line(*kinds):
     """Within this, errors of these kinds come from what the user asked for: one line each."""

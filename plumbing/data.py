@@ -143,11 +143,12 @@ def files_of(name, data, but=()):
 def documents_in(files):
     """The documents in these files, one by one."""
     for path in files:
-        unpack = 'unpack it, or write its texts to a .jsonl, each line {"text": ".."}'
-        need(path.suffix.lower() not in NO_TEXT, f"{path} is no plain text: {unpack}")
+        end = path.suffix.lower()
+        how = 'unpack it, or write a .jsonl with lines like {"text": ".."}'
+        need(end not in NO_TEXT, f"{path} is no plain text: {how}")
         try:
             with open(str(path), encoding="utf-8-sig", errors="surrogateescape") as f:
-                yield from read_json(f) if path.suffix.lower() in JSON else [sound(f.read(), f)]
+                yield from read_json(f) if end in JSON else [sound(f.read(), f)]
         except OSError as e:  # in the middle of a file, it does not name the file
             raise UserError(f"cannot read {path}: {e.strerror}") from None
 
@@ -160,32 +161,31 @@ def sound(text, f, line=1):
         return clean(text)
 
     below, column = place(text, bad.start())
-    wide = text.startswith(("\udcff\udcfe", "\udcfe\udcff")) or text.count("\0") > len(text) / 4
-    how = f"iconv -f {'utf-16' if wide else 'cp1252'} -t utf-8"
-    if bad[0] == "\0" and not wide:
-        how = "tr -d '\\0' <"
+    how = "tr -d '\\0' <" if bad[0] == "\0" else "iconv -f cp1252 -t utf-8"
+    if re.match("\udcff\udcfe|\udcfe\udcff", text) or text.count("\0") > len(text) / 4:
+        how = "iconv -f utf-16 -t utf-8"
     at = f"{f.name}, line {line + below - 1}, character {column}"
     raise UserError(f"{at}: no UTF-8 text; perhaps {how} {f.name} > new.txt makes it one")
 
 
 def read_json(f):
     """The string "text" of each object: one a line, or in a .json also an array of them."""
-    whole = None
+    what, rows = "line", f
     if f.name.lower().endswith(".json"):
         with contextlib.suppress(json.JSONDecodeError):
             whole = json.loads(sound(f.read(), f))
-            whole = whole if isinstance(whole, list) else [whole]
+            what, rows = "object", whole if isinstance(whole, list) else [whole]
         f.seek(0)
 
-    for number, row in enumerate(f if whole is None else whole, 1):
+    for number, row in enumerate(rows, 1):
         try:
-            if whole is None and not row.strip():
-                continue
-            row = json.loads(sound(row, f, number)) if whole is None else row
-            yield clean(row["text"])
+            if what == "object":
+                yield clean(row["text"])
+            elif row.strip():
+                yield clean(json.loads(sound(row, f, number))["text"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            where = f"{f.name}, {'object' if whole else 'line'} {number}"
-            raise UserError(f'{where}: not a JSON object with a string "text"') from None
+            message = f'{f.name}, {what} {number}: not a JSON object with a string "text"'
+            raise UserError(message) from None
 
 
 # ---- tokens --------------------------------------------------------------------------------
@@ -197,8 +197,7 @@ def batches(documents, what):
 
 
 def prepare(target, train, val, kind, separate):
-    """Make the folder with tokens.bin and meta.json: all of it, or nothing. separate: the end
-    of a text stands before each document."""
+    """Make the folder with tokens.bin and meta.json: all of it, or nothing."""
     work = Path(f"{target}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # a preparation that was killed left it
     work.mkdir(parents=True)
@@ -206,14 +205,12 @@ def prepare(target, train, val, kind, separate):
         parts = [train, val] if val else [train]
         texts = (batch for part in parts for batch in batches(part(), "vocabulary"))
         tokenizer = learn(kind, texts)
-        separate = separate and tokenizer.end is not None
         n_train, *rest = write_tokens(work / "tokens.bin", parts, tokenizer, separate)
         if not rest:
             n_train = int(0.9 * n_train)
 
         sha256 = checksum(work, tokenizer, n_train)
-        about = dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256)
-        meta = json.dumps(about | dict(separate=separate))
+        meta = json.dumps(dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256))
         write_file(work / "meta.json", lambda path: path.write_text(meta, "utf-8"))
         os.rename(work, target)
     finally:
@@ -221,8 +218,10 @@ def prepare(target, train, val, kind, separate):
 
 
 def write_tokens(path, parts, tokenizer, separate):
-    """The tokens of all parts, one after another. Returns how many each part has."""
+    """The tokens of all parts, one after another. Returns how many each part has. separate:
+    an end of text, if there is such a token, stands before the first document, too."""
     counts = []
+    separate = separate and tokenizer.end is not None
     with open(path, "wb") as f:
         for part in parts:
             begin = f.tell()
@@ -260,11 +259,11 @@ class Corpus:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.name = name
         self.sha256 = meta["sha256"]
-        self.separate = meta["separate"]
         self.tokenizer = tokenizer_of(**meta["tokenizer"])
         tokens = tokens_in(folder, self.tokenizer.dtype)
         self.train = tokens[: meta["n_train"]]
         self.val = tokens[meta["n_train"] :]
+        self.separate = bool(len(tokens)) and tokens[0].item() == self.tokenizer.end
 
     def __str__(self):
         n = f"{len(self.train):,} + {len(self.val):,} tokens"
@@ -273,10 +272,10 @@ class Corpus:
 
 # ---- all of it -----------------------------------------------------------------------------
 def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=None, least=0):
-    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a
-    list of texts of so many tokens; val begins with one, too. but: a folder that is not
-    among the texts, as a run writes its log to it. least: how many tokens it must have. The
-    tokenizer may also be one that is there, from a checkpoint.
+    """The Corpus that these flags name, prepared if it is not there yet. tokenizer: a name, a
+    folder or a Tokenizer. text_len: it is a list of texts of so many tokens; val begins with
+    one, too. but: a folder that is not among the texts, as a run writes its log to it. least:
+    how many tokens it must have.
 
     UserError for what cannot be read, and for too few tokens."""
     root = Path(folder or DATA)

@@ -99,15 +99,13 @@ class Characters(Tokenizer):
             # é is one character or two (NFC, NFD), and a prompt may have the other form.
             forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
             text = min(forms, key=lambda form: len(set(form).difference(self.vocab)))
-            unknown = [c for c in dict.fromkeys(text) if c not in self.vocab]
-            if unknown:
-                names = ", ".join(map(repr, unknown[:9]))
-                line, column = place(text, text.index(unknown[0]))
-                hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
-                raise UserError(
-                    f"{names} (first in line {line}, character {column}) does not occur in the "
-                    f"text that this model was trained on{hint}"
+            if unknown := [c for c in dict.fromkeys(text) if c not in self.vocab]:
+                where = "first in line {}, character {}".format(
+                    *place(text, text.index(unknown[0]))
                 )
+                hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
+                why = f"does not occur in the text that this model was trained on{hint}"
+                raise UserError(f"{', '.join(map(repr, unknown[:9]))} ({where}) {why}")
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
             yield np.searchsorted(self.codes, codes)
 
@@ -198,10 +196,9 @@ class HuggingFace(Tokenizer):
         return HuggingFace([json.dumps(whole), end])
 
     def encode(self, text):
-        """A space at the beginning may be taken for the mark, and is then given twice."""
+        """A space at the beginning that is taken for the mark is given twice."""
         ids = super().encode(text)
-        spaces = text[: len(text) - len(text.lstrip(" "))]
-        lost = spaces and not self.decode(ids).startswith(spaces)
+        lost = text[:1] == " " and self.decode(ids) == text[1:]
         return self.encode_inside(f" {text}") if lost else ids
 
     def encode_inside(self, text):
@@ -228,8 +225,8 @@ TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their fold
 
 
 def learn(name, batches):
-    """The tokenizer of that name, or in a folder with tokenizer.json, or itself if it is one.
-    The batches of texts decide which characters there are."""
+    """The tokenizer of that name, or in that folder, or itself if it is one. The batches of
+    texts decide which characters there are."""
     if isinstance(name, Tokenizer):
         return name
     if name not in TOKENIZERS:

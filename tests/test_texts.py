@@ -178,7 +178,7 @@ def test_separate_documents_begin_behind_a_mark(name):
 
 
 def test_a_quarter_of_the_windows_begin_with_a_document():
-    """All documents equally often, whatever their length; others begin as they did."""
+    """The others begin where they did, and so do texts of one length."""
     text = np.concatenate([[300, *[i] * n] for i, n in enumerate((5, 200, 30, 5) * 50)])
     s = train_char.Settings(seq_len=16, batch_size=4000)
     plain = train_char.get_batch(s, text, 0, 0, "cpu")
@@ -250,7 +250,7 @@ BAD = {  # names, what is in them, and what the line says
     "b.json": ('{"vocab": {"a": 1}}', "b.json, object 1: not a JSON object with"),
     "c.ndjson": ('{"text": "a"}\n"b"\n', "c.ndjson, line 2: not a JSON object with"),
     "d.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', "d.jsonl, line 2, character 11: no UTF-8"),
-    "texts.csv": ("a,b", "texts.csv is no plain text: unpack it, or write its texts to a .jsonl"),
+    "texts.csv": ("a,b", "texts.csv is no plain text: unpack it, or write a .jsonl with"),
     "t.txt.GZ": (b"\x1f\x8b", "t.txt.GZ is no plain text"),
     "t.parquet": ("PAR1", "t.parquet is no plain text"),
     "nul.txt": ("one\r\ntw\0o", r"nul.txt, line 2, character 3: .*tr -d '\\0' < nul.txt"),
@@ -376,7 +376,7 @@ def test_the_cost_of_a_text_of_ones_own(capsys):
     capsys.readouterr()
     evidence.main(["perplexity", "out", "--val_data", "own.txt"])
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head == "out: 320 tokens, 96 words, 320 bytes (words between blanks, bytes of UTF-8)"
+    assert head == "out: 320 tokens, 96 words, 320 bytes in 20 windows of 16"
     for row, per, n in zip(rows, ("token", "word", "byte"), (320, 96, 320), strict=True):
         want = best * 320 / n
         assert float(row.split()[0]) == pytest.approx(want, abs=1e-4)
