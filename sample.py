@@ -11,6 +11,7 @@ Print samples from a checkpoint of train_char.py, and when each character was re
 import math
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,10 @@ def template(s, tokenizer, mask_id):
     if s.infill is not None:
         parts = [part.replace(r"\_", "_") for part in re.split(r"(?<!\\)_", s.infill)]
         need(len(parts) > 1, "--infill needs a gap: one _ for each token to fill in")
+
+    composed = unicodedata.is_normalized("NFC", "".join(parts))
+    if not composed and tokenizer.kind != "char":  # which takes either
+        print("what is given is not composed (NFC), as most texts are: the model may not know it")
 
     ids = tokenizer.encode(parts[0]).tolist()
     for part in parts[1:]:

@@ -297,6 +297,15 @@ def test_a_prompt_takes_the_form_of_the_text(form, other):
     fails(where, tokenizer.encode, "g\r\nbqb")
 
 
+def test_a_prompt_in_another_form_is_said_and_kept(capsys):
+    """Tokens know no characters that are missing."""
+    for text, said in ("Ä", 0), ("A\u0308", 1), ("Ä_", 0), ("A\u0308_", 1):
+        which = {"infill" if "_" in text else "prompt": text}
+        ids = sample.template(sample.Settings(**which), GPT2(), 98)
+        assert "".join(GPT2().pieces(ids)) == text.replace("_", "b")
+        assert capsys.readouterr().out.count("not composed (NFC)") == said
+
+
 def test_prompts_from_files_and_with_line_ends(monkeypatch, capsys):
     train("--data text.txt")
     base = ["--device", "cpu", "--num_samples", "1"]
