@@ -23,7 +23,7 @@ from beyond import loa3
 from beyond.speculative import generate_speculative
 from plumbing import checkpoint, cli, pictures
 from plumbing.cli import flag, need
-from plumbing.data import documents_in
+from plumbing.data import documents_in, sound
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
 
@@ -97,9 +97,10 @@ def check_model(s, model, name, n):
 def read_prompt(path):
     """The text of --prompt_file."""
     if path == "-":
-        return sys.stdin.read()
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        return sound(sys.stdin.read(), sys.stdin)
     need(Path(path).is_file(), f"--prompt_file {path}: no such file in {Path.cwd()}")
-    return next(documents_in([Path(path)]))
+    return "".join(documents_in([Path(path)]))
 
 
 def template(s, tokenizer, mask_id):

@@ -328,7 +328,7 @@ def loss_arguments(s, step, x):
     return {"groups": draw(*x.shape, size, device=x.device), "single": size == 1}
 
 
-def train_step(s, step, model, loss_of, optimizer, text, device, mark):
+def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
     """One step of training. Returns its metrics, {name: number on the device}. They stay
     there, because the CPU would have to wait for the GPU to read a number."""
     # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th

@@ -316,6 +316,9 @@ def test_prompts_from_files_and_with_line_ends(monkeypatch, capsys):
     sample.main([*base, "--prompt_file", "-"])
     assert "--- sample 1\nor\nnot" in capsys.readouterr().out
 
+    write("latin1.txt", b"or\nn\xf6t")
+    monkeypatch.setattr("sys.stdin", open("latin1.txt"))  # noqa: SIM115
+    fails("line 2, character 2: no UTF-8", sample.main, [*base, "--prompt_file", "-"])
     fails(r"in bash, \$'one\\ntwo' has a line end", sample.main, [*base, "--prompt", r"or\nnot"])
     fails("--prompt_file nowhere: no such file in /", sample.main, ["--prompt_file", "nowhere"])
     fails("one of them", sample.main, ["--prompt", "a", "--prompt_file", "b"])
