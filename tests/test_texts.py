@@ -362,6 +362,7 @@ def test_what_a_model_cannot_go_on_as():
     fails("first: go on with it as --model mdm", train, f"{flags} a3")
     fails("--tokenizer is that of first", train, f"{flags} mdm --tokenizer gpt2")
     Path("llama").mkdir()
+    write("llama/tokenizer.json", "{}")
     write("llama/config.json", '{"model_type": "llama"}')
     fails("a LLaMA becomes --model a3", train, "--init_from llama --model mdm --data text.txt")
 
