@@ -170,11 +170,13 @@ def sound(text, f, line=1):
 
 def read_json(f):
     """The string "text" of each object: one a line, or in a .json also an array of them."""
-    what, rows = "line", f
+    what = "line"
+    rows = f
     if f.name.lower().endswith(".json"):
         with contextlib.suppress(json.JSONDecodeError):
             whole = json.loads(sound(f.read(), f))
-            what, rows = "object", whole if isinstance(whole, list) else [whole]
+            rows = whole if isinstance(whole, list) else [whole]
+            what = "object"
         f.seek(0)
 
     for number, row in enumerate(rows, 1):

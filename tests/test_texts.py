@@ -97,6 +97,7 @@ def huggingface(kind):
         t.pre_tokenizer = p.Metaspace(prepend_scheme="first", split=False)
         t.decoder = d.Sequence(tail)
     how = dict(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, limit_alphabet=limit, **how)
     t.train_from_iterator(["to be or not to be, that is the question"] * 9, trainer)
     return HuggingFace([t.to_str(), "<end>"])
@@ -114,7 +115,8 @@ KINDS = "char", "gpt2", "byte-level", "normaliser", "pre-tokenizer"
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_given_comes_out(kind):
     """200 texts in many scripts, with gaps that any tokens fill, halves of characters too."""
-    tokenizer, r = tokenizer_called(kind), random.Random(7)
+    tokenizer = tokenizer_called(kind)
+    r = random.Random(7)
     mask, size = tokenizer.size, 262 if kind == "gpt2" else tokenizer.size  # of the toy
     hole = tokenizer.encode("xb").tolist()[-1]
     for _ in range(200):
@@ -170,6 +172,7 @@ def test_separate_documents_begin_behind_a_mark(name):
         Path(f"folder/{i}.txt").write_text(f"the {i}")
     if name != "folder":
         write(name, lines)
+
     corpus = load(name, "gpt2")
     want = [t for i in range(9) for t in (300, *TOY.encode_ordinary(f"the {i}"))]
     assert corpus.separate and [*corpus.train, *corpus.val] == want
@@ -347,6 +350,7 @@ def test_every_model_goes_on_with_another_text(model):
     for key, weights in one["model"].items():
         torch.testing.assert_close(two["model"][key], weights, atol=1e-6, rtol=0)
     train("--resume --max_iters 3", base="--device cpu")
+
     evidence.Run("out")  # knows which tokenizer it was
 
     write("more.txt", "to be\n" * 9 + "Zoë\n" + "to be\n" * 40)
@@ -386,6 +390,7 @@ def test_the_cost_of_a_text_of_ones_own(capsys):
     write("own.txt", "not to be\n" * 32)
     train("--data text.txt --val_data own.txt --model arm")
     best = torch.load("out/ckpt.pt", weights_only=True)["best"]
+
     capsys.readouterr()
     evidence.main(["perplexity", "out", "--val_data", "own.txt"])
     head, *rows = capsys.readouterr().out.splitlines()
@@ -408,6 +413,7 @@ def test_tasks_are_read_as_documents(monkeypatch):
     write("words/tokenizer_config.json", '{"eos_token": "<end>"}')
     write("docs.jsonl", "".join(json.dumps({"text": LINES}) + "\n" for _ in range(90)))
     train("--data docs.jsonl --tokenizer words --model arm")
+
     s = Scorer("out")
     end, ids = s.tokenizer.end, s.encode("to be")
     assert s.rolling(ids) == pytest.approx(s.log_likelihood([end], ids)[0], abs=1e-5)
