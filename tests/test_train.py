@@ -412,7 +412,7 @@ def test_a3_starts_from_an_arm(work):
     with pytest.raises(UserError, match="--n_embd is 16 in arm; leave it out"):
         train("--n_embd 32", base=ADAPT)
     Path("other.txt").write_text("to\nbAB" * 500)
-    with pytest.raises(UserError, match="'A', 'B' .first in line 2, character 3. does not occur"):
+    with pytest.raises(UserError, match="'A', 'B' .first in line 2, character 2. does not occur"):
         train("--data other.txt", base=ADAPT)
 
 
