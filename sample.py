@@ -9,6 +9,9 @@ Print samples from a checkpoint of train_char.py, and when each character was re
 """
 
 import math
+import re
+import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from beyond import loa3
 from beyond.speculative import generate_speculative
 from plumbing import checkpoint, cli, pictures
 from plumbing.cli import flag, need
+from plumbing.data import documents_in, sound
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
 
@@ -30,7 +34,13 @@ RULES = "left", "order", "random", "confidence", "entropy", "margin"  # which to
 class Settings:
     out_dir: str = flag("out", "where train_char.py wrote ckpt.pt")
     prompt: str | None = flag(None, "text to continue")
-    infill: str | None = flag(None, r"text with gaps, each _ one token to fill in; \_ is a _")
+    prompt_file: str | None = flag(None, "or a file that holds it; - is standard input")
+    infill: str | None = flag(
+        None,
+        r"text with gaps, each _ one token (which most often has its "
+        r"own space: is__. not is __.); \_ is a _",
+    )
+    begin: bool | None = flag(None, "begin a document [if trained on separate documents]")
     length: int | None = flag(None, "tokens in all, prompt included [the window]", least=1)
     num_samples: int = flag(3, "how many", least=1, below=2**20)
     temperature: float = flag(1.0, "0: always the likeliest", least=0)
@@ -52,7 +62,8 @@ class Settings:
 def check_flags(s):
     """Refuse what can be refused before a model is loaded."""
     cli.check(s)
-    need(not (s.prompt and s.infill), "--prompt or --infill: one of the two")
+    texts = [text for text in (s.prompt, s.prompt_file, s.infill) if text is not None]
+    need(len(texts) < 2, "--prompt, --prompt_file or --infill: one of them")
     one = s.infill is None or s.length is None
     need(one, "--length is for what follows a prompt, not for --infill")
     need(not s.top_p or s.top_p <= 1, "--top_p must be at most 1")
@@ -83,17 +94,31 @@ def check_model(s, model, name, n):
     need(s.per_step <= K, f"--per_step: {name} fills in a block of {K} at most in one call")
 
 
+def read_prompt(path):
+    """The text of --prompt_file."""
+    if path == "-":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        return sound(sys.stdin.read(), sys.stdin)
+    need(Path(path).is_file(), f"--prompt_file {path}: no such file in {Path.cwd()}")
+    return "".join(documents_in([Path(path)]))
+
+
 def template(s, tokenizer, mask_id):
     """What is given, as a list of tokens, mask_id in its gaps."""
     parts = [s.prompt or ""]
+    if s.prompt_file:
+        parts = [read_prompt(s.prompt_file)]
     if s.infill is not None:
-        kept = s.infill.replace(r"\_", "\0")
-        parts = [part.replace("\0", "_") for part in kept.split("_")]
+        parts = [part.replace(r"\_", "_") for part in re.split(r"(?<!\\)_", s.infill)]
         need(len(parts) > 1, "--infill needs a gap: one _ for each token to fill in")
+
+    composed = unicodedata.is_normalized("NFC", "".join(parts))
+    if not composed and tokenizer.kind != "char":  # which takes either
+        print("what is given is not composed (NFC), as most texts are: the model may not know it")
 
     ids = tokenizer.encode(parts[0]).tolist()
     for part in parts[1:]:
-        ids += [mask_id, *tokenizer.encode(part).tolist()]
+        ids += [mask_id, *tokenizer.encode_inside(part).tolist()]
     return ids
 
 
@@ -126,6 +151,7 @@ def write(model, s, x, length, end, generator):
     only seen whole ones. They get filled, too, and thrown away. An ARM and an A3 have blocks
     of one, so there is nothing to throw away."""
     L = model.config.seq_len
+    given = x.shape[1]
     K = getattr(model.config, "block_len", 1)
     keep = L // 2 // K * K or L // 2  # what the next window reads again; K > L / 2: half of it
     revealed_at = torch.full_like(x, -1)
@@ -150,19 +176,19 @@ def write(model, s, x, length, end, generator):
         revealed_at[:, begin:] = torch.where(at < 0, revealed_at[:, begin:], at + calls)
         calls += int(at.max()) + 1
 
-        all_ended = end is not None and (x == end).any(1).all()
+        all_ended = end is not None and (x[:, given:] == end).any(1).all()
         if x.shape[1] >= length or all_ended:
             return x, revealed_at
 
 
-def cut(x, revealed_at, n, tokenizer):
-    """[(pieces of text, when each was revealed)] of tokens (N, length), each up to its end of
-    text. An end among the n tokens that were given does not count."""
+def cut(x, revealed_at, n, tokenizer, first=0):
+    """[(pieces of text, when each was revealed)] of tokens (N, length), each from the token
+    `first` to its end of text. An end among the n tokens that were given does not count."""
     samples = []
     for row, when in zip(x.tolist(), revealed_at.tolist(), strict=True):
         ends = [i for i, token in enumerate(row) if token == tokenizer.end and i >= n]
         stop = ends[0] if ends else len(row)
-        samples.append((tokenizer.pieces(row[:stop]), when[:stop]))
+        samples.append((tokenizer.pieces(row[first:stop]), when[first:stop]))
     return samples
 
 
@@ -174,7 +200,11 @@ def main(argv=None):
     tokenizer = tokenizer_of(**ckpt["tokenizer"])
     name, L = ckpt["model_name"], model.config.seq_len
 
-    ids = template(s, tokenizer, model.mask_id)
+    # Behind the end of a text, which is not shown, a document begins.
+    begin = ckpt.get("separate", False) if s.begin is None else s.begin
+    has_end = tokenizer.end is not None
+    need(has_end or not begin, "--begin: this model's tokenizer has no end of a text")
+    ids = [tokenizer.end] * begin + template(s, tokenizer, model.mask_id)
     n = len(ids)
     check_model(s, model, name, n)
     length = n if s.infill is not None else s.length or L
@@ -185,7 +215,7 @@ def main(argv=None):
     generator = torch.Generator(device).manual_seed(s.seed)
     x, revealed_at = write(model.eval(), s, x, length, tokenizer.end, generator)
 
-    samples = cut(x, revealed_at, n, tokenizer)
+    samples = cut(x, revealed_at, n, tokenizer, first=int(begin))
     pictures.show(samples, s.show == "order")
     if s.html:
         best = f"validation {ckpt['best']:.3f} nats per token after {ckpt['step']:,} steps"

@@ -16,6 +16,7 @@ exactly as it would have, and N processes do what one does with the same
 """
 
 import math
+import os
 import shlex
 import time
 import traceback
@@ -32,6 +33,7 @@ from beyond import llama, loa3
 from plumbing import checkpoint, cli, data, pictures, processes
 from plumbing.cli import flag, need
 from plumbing.processes import RANK, WORLD
+from plumbing.tokenizers import TOKENIZERS, HuggingFace, tokenizer_of
 
 # ---- models ----------------------------------------------------------------------------------
 
@@ -160,13 +162,13 @@ class Settings:
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
     local_heads: float = flag(0.0, "share of heads that begin at a neighbour; try 0.5", least=0)
-    dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: the ARM's, or 0]")
+    dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
     c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
     group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
-    init_from: str | None = flag(None, "out_dir of an ARM, or folder of a LLaMA", only="a3")
+    init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
     random_share: float = flag(0.0, "of texts in random order", least=0, below=1, only="loa3")
     # optimisation
@@ -185,14 +187,11 @@ class Settings:
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
 
-def settle(s, device, like=None):
-    """Fill in the settings that follow the preset or other flags, and refuse what cannot be.
-    like: a pretrained model whose sizes are taken over, or None."""
+def settle(s, device):
+    """Fill in the settings that follow the preset or other flags, and refuse what cannot be."""
     known = dict(PRESETS[s.preset])
     if s.text_len:
         known["seq_len"] = s.text_len
-    if like:
-        known |= {name: getattr(like.config, name) for name in SIZES}
     steps = s.max_iters or known["max_iters"]
     known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["compile"] = cli.is_modern(device)
@@ -206,9 +205,6 @@ def settle(s, device, like=None):
     cli.check(s)
     with cli.one_line(ValueError):  # curriculum() refuses wrong shares
         a3.curriculum(0, s.max_iters, s.shares, s.group_size)
-    for name in SIZES:
-        same = like is None or getattr(s, name) == getattr(like.config, name)
-        need(same, f"--{name} is not that of {s.init_from}; leave it out")
     between = s.model != "block" or 1 < s.block_len < s.seq_len
     blocks = f"blocks of {s.block_len} in a window of {s.seq_len}: --block_len is"
     need(between, f"{blocks} above 1 (--model arm) and below the window (--model mdm)")
@@ -247,15 +243,31 @@ def spread(n, L, most):
     return np.arange(count) * whole // count * L
 
 
-def get_batch(s, text, step, m, device):
+def next_document(text, start, L, mark):
+    """Where the next document begins, if that is in reach and leaves room for a window."""
+    near = text[start : min(start + 2**16, len(text) - L + 1)]
+    found = np.flatnonzero(near == mark)
+    return start + int(found[0]) if len(found) else start
+
+
+def get_batch(s, text, step, m, device, mark=None):
     """Windows (batch_size, seq_len) for micro-batch m of a step. The seed that is set here
-    also decides what the loss draws: orders, and dropout."""
+    also decides what the loss draws: orders, and dropout.
+
+    mark: the token with which documents begin. A quarter of the windows is moved on to the
+    next one, as a sample begins with it, and elsewhere it is rare in the first place. If the
+    lengths of documents say nothing about their neighbours, what follows the mark stays as
+    likely as it was. The mark gets likelier, so that a window that begins otherwise, as most do
+    in validation, costs -log(3/4) = 0.29 nats more at the most, on its first token."""
     entropy = (s.seed, step, m + 1)  # not m, as SeedSequence drops a 0 at the end
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
 
     each = s.text_len or 1  # windows begin where texts begin
     starts = torch.randint((len(text) - s.seq_len) // each + 1, (s.batch_size,)) * each
+    if mark is not None and not s.text_len:
+        for i in torch.nonzero(torch.rand(s.batch_size) < 0.25)[:, 0].tolist():
+            starts[i] = next_document(text, int(starts[i]), s.seq_len, mark)
     return windows(text, starts, s.seq_len, device)
 
 
@@ -272,7 +284,8 @@ def get_lr(step, s):
 def estimate_loss(model, val, s, device):
     """[(figure, mean, standard error)] of figures_of(model), in nats per token, over windows
     of val. They are in float32, and with the same orders every time, so that one checkpoint
-    has one number. The error is that of windows and orders, not of seeds."""
+    has one number. The error is that of windows and orders, not of seeds. One window has
+    none."""
     model.eval()
     starts = spread(len(val), s.seq_len, s.eval_windows)
     n = len(starts)
@@ -286,8 +299,8 @@ def estimate_loss(model, val, s, device):
             x = windows(val, some, s.seq_len, device)
             nats.append(model.nelbo(x, generator=generator, **how))
         per_token = torch.cat(nats).cpu().double() / s.seq_len  # (n,)
-        error = per_token.std(correction=min(1, n - 1)) / math.sqrt(n)
-        found.append((figure, per_token.mean().item(), error.item()))
+        error = (per_token.std() / math.sqrt(n)).item() if n > 1 else None
+        found.append((figure, per_token.mean().item(), error))
 
     model.train()
     return found
@@ -320,7 +333,7 @@ def loss_arguments(s, step, x):
     return {"groups": draw(*x.shape, size, device=x.device), "single": size == 1}
 
 
-def train_step(s, step, model, loss_of, optimizer, text, device):
+def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
     """One step of training. Returns its metrics, {name: number on the device}. They stay
     there, because the CPU would have to wait for the GPU to read a number."""
     # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th
@@ -329,7 +342,7 @@ def train_step(s, step, model, loss_of, optimizer, text, device):
     M = s.gradient_accumulation_steps
     each = []
     for m in range(RANK, M, WORLD):
-        x = get_batch(s, text, step, m, device)
+        x = get_batch(s, text, step, m, device, mark)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
             loss, metrics = loss_of(x, **loss_arguments(s, step, x))
         (loss * WORLD / M).backward()
@@ -367,6 +380,14 @@ def report(s, step, pending, stop, took, in_all, saved_at, bar):
     return stopping
 
 
+def as_text(figure, nats, error, unit):
+    """A figure of estimate_loss()."""
+    noise = " of one window" if error is None else f" ± {error:.4f}"
+    below = ", below 0 as few orders were drawn" if nats < 0 else ""
+    perplexity = math.exp(min(nats, 700))
+    return f"{nats:.4f}{noise} {unit}, perplexity {perplexity:.4g} ({figure}{below})"
+
+
 def validate(s, step, model, corpus, device, saved_at):
     """Print and log the figures of a model, and return the first one. Of several processes one
     validates, and the others wait."""
@@ -376,8 +397,7 @@ def validate(s, step, model, corpus, device, saved_at):
     cli.refuse_nan([found[0][1]], step, saved_at)
     for figure, nats, error in found:
         checkpoint.log(Path(s.out_dir), step=step, val=nats, val_error=error, kind=figure)
-        unit = f"{corpus.tokenizer.unit}, perplexity {math.exp(min(nats, 700)):.4g}"
-        tqdm.write(f"step {step}: val {nats:.4f} ± {error:.4f} {unit} ({figure})")
+        tqdm.write(f"step {step}: val {as_text(figure, nats, error, corpus.tokenizer.unit)}")
     return found[0][1]
 
 
@@ -399,11 +419,13 @@ def train(s, device, corpus, model, ckpt, about):
     unit = {"unit": "step", "dynamic_ncols": True, "disable": True if RANK else None}
     bar = tqdm(total=s.max_iters, initial=step, **unit)
     model.train()
+    mark = corpus.tokenizer.end if corpus.separate else None
     pending, began = [], time.perf_counter()
     with processes.stop_signals() as stop, bar:
         while step < s.max_iters:
             # Learn.
-            metrics = train_step(s, step, model, loss_of, optimizer, corpus.train, device)
+            text = corpus.train
+            metrics = train_step(s, step, model, loss_of, optimizer, text, device, mark)
             pending.append(metrics)
             step += 1
             bar.update()
@@ -441,33 +463,57 @@ def train(s, device, corpus, model, ckpt, about):
 # ---- start -----------------------------------------------------------------------------------
 
 
-def pretrained(s):
-    """An A3 made from the LLaMA or ARM in the folder --init_from. Also the ARM's tokenizer, or
-    None for a LLaMA, whose tokenizer becomes --tokenizer."""
+def pretrained(s, given):
+    """The model in the folder --init_from: that of a run of the same model, or an A3 made from
+    an ARM or a LLaMA. Also its tokenizer."""
     folder = Path(s.init_from)
+    same = s.tokenizer in (None, s.init_from)
+    need(same, f"--tokenizer is that of {s.init_from}; leave it out")
     with cli.one_line(ValueError, ImportError):
         if (folder / "config.json").is_file():
-            same = s.tokenizer in (None, s.init_from)
-            need(same, f"--tokenizer is that of {s.init_from}; leave it out")
-            s.tokenizer = s.init_from
+            need(s.model == "a3", f"--init_from {folder}: a LLaMA becomes --model a3")
             s.dropout = s.dropout or 0.0
             L = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
             how = {"dropout": s.dropout, "left_neighbour": s.left_neighbour}
-            return llama.from_pretrained(folder, L, **how), None
+            model = llama.from_pretrained(folder, L, **how)
+            return take_over(s, given, model), HuggingFace.at(folder)
 
         is_run = (folder / "ckpt.pt").is_file()
-        need(is_run, f"--init_from {folder}: no LLaMA, no ARM there")
-        ckpt, arm = checkpoint.load(folder / "ckpt.pt", make_model)
-        is_arm = ckpt["model_name"] == "arm"
-        need(is_arm, f"--init_from {folder}: neither a LLaMA nor an ARM")
+        need(is_run, f"--init_from {folder}: no LLaMA, no run there")
+        new = {} if s.dropout is None else {"dropout": s.dropout}
+        make = lambda name, config: make_model(name, config | new)  # noqa: E731
+        ckpt, model = checkpoint.load(folder / "ckpt.pt", make)
+        name = {"llama": "a3"}.get(ckpt["model_name"], ckpt["model_name"])
+        if (s.model, name) == ("a3", "arm"):
+            c = asdict(model.config)
+            kept = {name: c[name] for name in ("vocab_size", *SIZES, "dropout", "local_heads")}
+            model = a3.A3(a3.Config(**kept, left_neighbour=s.left_neighbour))
+            model.load_arm(ckpt["model"])
+        else:
+            need(s.model == name, f"--init_from {folder}: go on with it as --model {name}")
+    return take_over(s, given, model), tokenizer_of(**ckpt["tokenizer"])
 
-        if s.dropout is None:
-            s.dropout = arm.config.dropout
-        sizes = {name: getattr(arm.config, name) for name in ("vocab_size", *SIZES)}
-        config = a3.Config(**sizes, dropout=s.dropout, left_neighbour=s.left_neighbour)
-        model = a3.A3(config)
-        model.load_arm(ckpt["model"])
-    return model, ckpt["tokenizer"]
+
+def take_over(s, given, model):
+    """Set the flags that say what a pretrained model is. What was given may not differ."""
+    for f in fields(Settings):
+        had = getattr(model.config, f.name, None)
+        if had is not None and s.model in (f.metadata["only"] or s.model).split():
+            same = given.get(f.name, had) == had
+            need(same, f"--{f.name} is {had} in {s.init_from}; leave it out")
+            setattr(s, f.name, had)
+    return model
+
+
+def where_is(s, ckpt, given=()):
+    """Set paths that were relative to the folder where the run began, if they are only there."""
+    for name in ("data", "val_data", "tokenizer", "data_dir"):
+        path = getattr(s, name)
+        if not path or name in given or path in {*data.SOURCES, *TOKENIZERS}:
+            continue
+        there = Path(ckpt.get("cwd", ""), path)
+        if not Path(path).exists() and there.exists():
+            setattr(s, name, str(there))
 
 
 def check_source(folder):
@@ -502,7 +548,18 @@ def go_on(given):
     lock = checkpoint.only_run(out)  # first, as a run that is just ending still saves
     ckpt, model = checkpoint.load(out / "last.pt", make_model)
     s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+    where_is(s, ckpt, given)
     return s, ckpt, model, lock
+
+
+def text_tokenizer(s, ckpt, wanted=None):
+    """What data.load() takes as tokenizer: with --init_from that of the model, which is `wanted`
+    or in the checkpoint."""
+    if s.init_from and ckpt:
+        wanted = tokenizer_of(**ckpt["tokenizer"])
+    if wanted is None:
+        return s.tokenizer
+    return "gpt2" if wanted.kind == "gpt2" else wanted  # which needs no tokens of its own
 
 
 def follow_device(s):
@@ -528,8 +585,8 @@ def begin(given):
     if s.init_from and not ckpt:
         check_source(Path(s.init_from))
         cli.check(s)  # is it for this model?
-        model, tokenizer = pretrained(s)
-    settle(s, device, None if ckpt else model)
+        model, tokenizer = pretrained(s, given)
+    settle(s, device)
     lock = lock or checkpoint.only_run(Path(s.out_dir))
     return s, device, ckpt, model, tokenizer, lock
 
@@ -551,15 +608,14 @@ def run(argv):
 
     # The text.
     with processes.first_only():
-        where = s.data, s.tokenizer, s.val_data, s.data_dir, s.text_len
+        kind = text_tokenizer(s, ckpt, wanted)
+        where = s.data, kind, s.val_data, s.data_dir, s.text_len
         corpus = data.load(*where, s.out_dir, s.seq_len)
     s.data = corpus.name
     tokenizer = corpus.tokenizer
     need(processes.agree(corpus.sha256), "the processes have different texts; see --data")
     same = not ckpt or ckpt["data_sha256"] == corpus.sha256
     need(same, f"--data {s.data} is not the text that this run began with")
-    same = not wanted or wanted == tokenizer.state
-    need(same, f"{s.init_from} has another vocabulary than --data {s.data}")
     enough = model is None or model.config.vocab_size >= tokenizer.size
     need(enough, f"{s.init_from} has fewer embeddings than its tokenizer has tokens")
 
@@ -571,6 +627,8 @@ def run(argv):
         "settings": asdict(s),
         "tokenizer": tokenizer.state,
         "data_sha256": corpus.sha256,
+        "separate": corpus.separate,
+        "cwd": os.getcwd(),
         "code": checkpoint.code_digest(OUR_CODE),
     }
     checkpoint.begin(Path(s.out_dir), ckpt, about)
@@ -588,9 +646,13 @@ def run(argv):
     print(f"{step} steps in {seconds:.0f} s; best val {val}, in {path}")
     if s.num_samples:
         z = torch.full((s.num_samples, s.seq_len), model.mask_id, device=device)
+        if corpus.separate:  # a document begins behind the end of another
+            z[:, 0] = tokenizer.end
         generator = torch.Generator(device).manual_seed(s.seed)
         x, revealed_at = model.eval().sample(z, generator=generator)
-        pictures.show(pictures.pieces(tokenizer, x, revealed_at), order=True)
+        shown = slice(int(corpus.separate), None)
+        samples = pictures.pieces(tokenizer, x[:, shown], revealed_at[:, shown])
+        pictures.show(samples, order=True)
 
 
 if __name__ == "__main__":

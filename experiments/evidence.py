@@ -10,6 +10,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence order runs/lomdm --svg order.svg     weights by character class
     python -m experiments.evidence passage runs/lomdm --svg p.svg       a text coloured by weights
     python -m experiments.evidence strips runs/mdm runs/lomdm           one text being written
+    python -m experiments.evidence perplexity runs/* --val_data FILE    of a text of one's own
     python -m experiments.evidence rows runs/automaton                  films: is time found?
     python -m experiments.evidence films runs/automaton                 are its films right?
 
@@ -26,6 +27,7 @@ import torch
 
 import a3
 import lomdm
+import train_char
 from beyond import loa3
 from beyond.decoders import decoder_log_prob
 from experiments import charts, films
@@ -341,6 +343,29 @@ def strips(runs, a):
             name = ""
 
 
+# ---- a text of one's own -------------------------------------------------------------------------
+def perplexity(runs, a):
+    """What --val_data costs, or else the validation text: nats and perplexity per token, word
+    (between blanks) and byte (of UTF-8), in windows side by side, as train_char.py validates. What
+    is left behind the last whole window is not read, and not counted."""
+    for run in runs:
+        x = run.val.cpu()
+        ids = x.flatten().tolist()
+        pieces = zip(run.tokenizer.pieces(ids), ids, strict=True)
+        text = "".join("\n" if i == run.tokenizer.end else piece for piece, i in pieces)
+        units = {"token": x.numel(), "word": len(text.split()), "byte": len(text.encode())}
+        counts = ", ".join(f"{n:,} {unit}s" for unit, n in units.items())
+        print(f"{run.name}: {counts} in {len(x)} windows of {x.shape[1]}")
+
+        s = train_char.Settings(seq_len=x.shape[1], eval_windows=len(x))
+        found = train_char.estimate_loss(run.model, x.flatten().numpy(), s, a.device)
+        for figure, nats, _ in found:
+            for unit, n in units.items():
+                per = nats * x.numel() / max(1, n)
+                how = f"nats per {unit}, perplexity {math.exp(min(per, 700)):.4g}"
+                print(f"  {per:8.4f} {how:40} all nats / all {unit}s ({figure})")
+
+
 # ---- start ---------------------------------------------------------------------------------------
 FLAGS = {
     "svg": dict(help="draw a picture as well"),
@@ -354,6 +379,7 @@ FLAGS = {
     "windows": dict(type=int, help="of validation, evenly spread; by default all"),
     "device": dict(default="cpu", help="[cpu]"),
     "data_dir": dict(help="as in train_char.py"),
+    "val_data": dict(help="a file or folder to read; by default the run's validation text"),
 }
 COMMANDS = {  # what each takes besides out_dirs
     bounds: (),
@@ -365,6 +391,7 @@ COMMANDS = {  # what each takes besides out_dirs
     order: ("svg",),
     passage: ("svg",),
     strips: ("text",),
+    perplexity: ("val_data",),
     films.rows: (),
     films.films: ("samples",),
 }
@@ -390,7 +417,8 @@ def parse(argv):
 def main(argv=None):
     a = parse(argv)
     a.device = cli.pick_device(a.device)
-    runs = [Run(out_dir, a.device, a.windows, a.data_dir) for out_dir in a.out_dirs]
+    own = getattr(a, "val_data", None)
+    runs = [Run(out_dir, a.device, a.windows, a.data_dir, own) for out_dir in a.out_dirs]
     a.run(runs, a)
 
 

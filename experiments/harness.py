@@ -7,8 +7,8 @@ A model on the tasks of lm-evaluation-harness (pip install lm_eval).
 The folder is an out_dir of train_char.py, or a LLaMA in Hugging Face's format, which becomes an A3.
 A3 and the ARM say exactly what a continuation costs, left to right. The others bound it: the order
 is drawn over the continuation alone, and what may come after it stays hidden. A text begins with
-the model's own start token. The harness's hf model has one with add_bos_token=True. Texts are read
-one at a time.
+the model's own start token, and where documents were separate in training behind an end of text.
+The harness's hf model has a start token with add_bos_token=True. Texts are read one at a time.
 """
 
 import os
@@ -53,9 +53,11 @@ class Scorer:
             with cli.one_line(ValueError, ImportError):
                 self.model = llama.from_pretrained(folder, positions=False).to(device)
             self.tokenizer = HuggingFace.at(folder)
+            self.begin = []
         else:
             ckpt, self.model = checkpoint.load(Path(folder) / "ckpt.pt", make_model, device)
             self.tokenizer = tokenizer_of(**ckpt["tokenizer"])
+            self.begin = [self.tokenizer.end] if ckpt.get("separate") else []
         self.model.eval()
         self.is_a3 = isinstance(self.model, a3.A3)
         self.window = self.model.config.seq_len
@@ -106,7 +108,9 @@ class Scorer:
     def rolling(self, text):
         """log p(text). A text of several windows: each sees a token or more of those before."""
         total = 0.0
-        cuts = [0, *range(self.window, len(text), max(1, self.window - 1)), len(text)]
+        first = len(self.begin)
+        text = self.begin + text
+        cuts = [first, *range(self.window, len(text), max(1, self.window - 1)), len(text)]
         for begin, end in pairwise(cuts):
             if begin < end:
                 context = text[max(0, end - self.window) : begin]
@@ -121,13 +125,15 @@ class Scorer:
         if not how.get("do_sample", temperature > 0):
             temperature = 0.0
 
-        z, gap = self.place(self.fit(self.encode(text), n), [self.model.mask_id] * n)
+        context = self.fit(self.begin + self.encode(text), n)
+        z, gap = self.place(context, [self.model.mask_id] * n)
         x, _ = self.model.sample(z[None], temperature, generator=self.generator)
         ids = x[0, gap].tolist()
         if self.tokenizer.end in ids:
             ids = ids[: ids.index(self.tokenizer.end)]
 
-        written = "".join(self.tokenizer.pieces(ids))
+        # A word may begin with a space that shows only behind another.
+        written = "".join(self.tokenizer.pieces([*context, *ids])[len(context) :])
         stops = how.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             written = written.split(stop)[0] if stop else written
@@ -150,7 +156,7 @@ def adapter(scorer):
 
         def _loglikelihood_tokens(self, requests, **_):
             pairs = [([i for i in context if i >= 0], more) for _, context, more in requests]
-            return [scorer.log_likelihood(*pair) for pair in pairs]
+            return [scorer.log_likelihood(scorer.begin + c, more) for c, more in pairs]
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             return [scorer.rolling(scorer.encode(request.args[0])) for request in requests]

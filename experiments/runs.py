@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import a3
@@ -10,13 +11,14 @@ import train_char
 from beyond import loa3
 from plumbing import checkpoint, cli, data
 from plumbing.cli import UserError, need
+from plumbing.tokenizers import tokenizer_of
 
 
 class Run:
     """The best checkpoint of a run, and its validation split in windows (N, L): as many as asked
-    for, evenly spread, or all."""
+    for, evenly spread, or all. val_data: a file or folder to take instead of that split."""
 
-    def __init__(self, out_dir, device="cpu", windows=None, data_dir=None):
+    def __init__(self, out_dir, device="cpu", windows=None, data_dir=None, val_data=None):
         self.name = str(Path(out_dir))
         path = Path(out_dir) / "ckpt.pt"
         self.ckpt, model = checkpoint.load(path, train_char.make_model, device)
@@ -27,17 +29,33 @@ class Run:
             raise UserError(f"{path} has settings that train_char.py does not know") from None
         cli.check(s)
 
-        folder = data_dir or s.data_dir
-        corpus = data.load(s.data, s.tokenizer, s.val_data, folder, s.text_len)
-        self.tokenizer = corpus.tokenizer
-        self.sha256 = corpus.sha256
-        same = self.sha256 == self.ckpt["data_sha256"]
-        need(same, f"{out_dir} was not trained on --data {s.data} as it is now")
-
-        n = len(corpus.val)
         L = model.config.seq_len
+        if val_data:
+            val = self.read(val_data, L)
+        else:
+            train_char.where_is(s, self.ckpt)
+            kind = train_char.text_tokenizer(s, self.ckpt)
+            folder = data_dir or s.data_dir
+            corpus = data.load(s.data, kind, s.val_data, folder, s.text_len)
+            self.tokenizer = corpus.tokenizer
+            self.sha256 = corpus.sha256
+            same = self.sha256 == self.ckpt["data_sha256"]
+            need(same, f"{out_dir} was not trained on --data {s.data} as it is now")
+            val = corpus.val
+
+        n = len(val)
         starts = train_char.spread(n, L, windows or n)
-        self.val = train_char.windows(corpus.val, starts, L, device)
+        self.val = train_char.windows(val, starts, L, device)
+
+    def read(self, val_data, L):
+        """The tokens of a file or folder, in the memory, with this run's tokenizer."""
+        self.tokenizer = tokenizer_of(**self.ckpt["tokenizer"])
+        texts = list(data.documents_in(data.files_of("--val_data", val_data)))
+        ids = self.tokenizer.encode_all(texts) if texts else []
+        if self.ckpt.get("separate"):
+            ids = [*self.tokenizer.separator(), *ids]
+        need(len(ids) >= L, f"--val_data {val_data} has {len(ids)} tokens, a window {L}")
+        return np.array(ids, self.tokenizer.dtype)
 
     @property
     def is_a3(self):

@@ -139,7 +139,8 @@ def begin(out, ckpt, about):
     if ckpt:
         return trim_log(out, ckpt["step"])
     set_aside(out)
-    header = {k: v for k, v in about.items() if k != "tokenizer"}  # which may be large
+    large_or_private = "tokenizer", "cwd"
+    header = {k: v for k, v in about.items() if k not in large_or_private}
     log(out, **header, torch=torch.__version__)
 
 

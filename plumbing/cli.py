@@ -126,6 +126,8 @@ class Parser(argparse.ArgumentParser):
     2."""
 
     def error(self, message):
+        if "expected one argument" in message:  # that, or one that looks like a flag
+            message += "; one that begins with a dash is given as --flag=-text"
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
     def parse_args(self, argv=None):

@@ -9,6 +9,8 @@ possible. A text is a list of documents: a .txt file is one, and each line of a 
 They are read, encoded and written a few at a time, so that a corpus may be larger than the
 memory. The folder's name holds a hash of the files' names, sizes and times, so that a text
 that has changed gets a folder anew.
+
+Of several documents each stands behind the end-of-text token, if there is one, the first too.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import urllib.request
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ from plumbing import cli
 from plumbing.checkpoint import lock, write_file
 from plumbing.cli import UserError, flag, need
 from plumbing.films import films
-from plumbing.tokenizers import TOKENIZERS, clean, learn, tokenizer_of
+from plumbing.processes import RANK
+from plumbing.tokenizers import TOKENIZERS, Tokenizer, clean, learn, place, tokenizer_of
 
 DATA = Path(__file__).parents[1] / "data"
 SHAKESPEARE = "tinyshakespeare/input.txt"
@@ -38,8 +42,10 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FORMAT = 4  # of the folder; one of another format is prepared again
+FORMAT = 5  # of the folder; one of another format is prepared again
 BATCH = 256  # documents that are encoded at a time, on all cores
+JSON = (".jsonl", ".ndjson", ".json")
+NO_TEXT = (".gz", ".zip", ".xz", ".bz2", ".zst", ".csv", ".tsv", ".parquet", ".pdf", ".docx")
 
 
 # ---- sources -------------------------------------------------------------------------------
@@ -113,46 +119,75 @@ def download_shakespeare(root):
 
 # ---- files ---------------------------------------------------------------------------------
 def files_of(name, data, but=()):
-    """The files that the flag `name` means: one, or all .txt and .jsonl in a folder and
-    below, sorted, without hidden ones. but: files and folders that are no part of it, such
-    as the text to validate on. UserError if there are none."""
+    """The files that the flag `name` means: one, or all texts in a folder and below, sorted,
+    without hidden ones. Others there are named. but: files and folders that are no part of
+    it, such as the text to validate on. UserError if there are none."""
     data = Path(data)
-    need(data.exists(), f"{name} {data}: no such file or folder")
+    need(data.exists(), f"{name} {data}: no such file or folder in {Path.cwd()}")
     files = [data]
     if data.is_dir():
-        found = (p for p in data.rglob("*") if p.suffix.lower() in (".txt", ".jsonl"))
-        shown = (p for p in found if "/." not in f"/{p.relative_to(data).as_posix()}")
+        shown = (p for p in data.rglob("*") if "/." not in f"/{p.relative_to(data).as_posix()}")
         files = sorted(p for p in shown if not p.is_dir())
 
     real = {path: Path(os.path.realpath(path)) for path in (*files, *but)}
     files = [p for p in files if not any(real[p].is_relative_to(real[q]) for q in but)]
+    texts = [p for p in files if p.suffix.lower() in (".txt", *JSON) or p == data]
+    out = [p.name for p in files if p not in texts]
+    if out and RANK == 0:
+        print(f"{name} {data}: {len(out)} files left out, no .txt or JSON:", *out[:9])
     apart = "those of --val_data and --out_dir do not count"
-    need(files, f"{name} {data} has no .txt or .jsonl files ({apart})")
-    return files
+    need(texts, f"{name} {data} has no .txt or .jsonl files ({apart})")
+    return texts
 
 
 def documents_in(files):
     """The documents in these files, one by one."""
     for path in files:
+        end = path.suffix.lower()
+        how = 'unpack it, or write a .jsonl with lines like {"text": ".."}'
+        need(end not in NO_TEXT, f"{path} is no plain text: {how}")
         try:
-            if path.suffix.lower() == ".jsonl":
-                yield from read_jsonl(path)
-            else:
-                yield path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text") from None
+            with open(str(path), encoding="utf-8-sig", errors="surrogateescape") as f:
+                yield from read_json(f) if end in JSON else [sound(f.read(), f)]
         except OSError as e:  # in the middle of a file, it does not name the file
             raise UserError(f"cannot read {path}: {e.strerror}") from None
 
 
-def read_jsonl(path):
-    with open(path, encoding="utf-8-sig") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                yield clean(json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                message = f'{path}, line {number}: not a JSON object with a string "text"'
-                raise UserError(message) from None
+def sound(text, f, line=1):
+    """The text, clean, that begins at this line of file f. UserError for a NUL, or a byte
+    that is no UTF-8, which is a lone surrogate here."""
+    bad = re.search("[\0\ud800-\udfff]", text)
+    if not bad:
+        return clean(text)
+
+    below, column = place(text, bad.start())
+    how = "tr -d '\\0' <" if bad[0] == "\0" else "iconv -f cp1252 -t utf-8"
+    if re.match("\udcff\udcfe|\udcfe\udcff", text) or text.count("\0") > len(text) / 4:
+        how = "iconv -f utf-16 -t utf-8"
+    at = f"{f.name}, line {line + below - 1}, character {column}"
+    raise UserError(f"{at}: no UTF-8 text; perhaps {how} {f.name} > new.txt makes it one")
+
+
+def read_json(f):
+    """The string "text" of each object: one a line, or in a .json also an array of them."""
+    what = "line"
+    rows = f
+    if f.name.lower().endswith(".json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            whole = json.loads(sound(f.read(), f))
+            rows = whole if isinstance(whole, list) else [whole]
+            what = "object"
+        f.seek(0)
+
+    for number, row in enumerate(rows, 1):
+        try:
+            if what == "object":
+                yield clean(row["text"])
+            elif row.strip():
+                yield clean(json.loads(sound(row, f, number))["text"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            message = f'{f.name}, {what} {number}: not a JSON object with a string "text"'
+            raise UserError(message) from None
 
 
 # ---- tokens --------------------------------------------------------------------------------
@@ -163,7 +198,7 @@ def batches(documents, what):
         yield batch
 
 
-def prepare(target, train, val, kind):
+def prepare(target, train, val, kind, separate):
     """Make the folder with tokens.bin and meta.json: all of it, or nothing."""
     work = Path(f"{target}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # a preparation that was killed left it
@@ -172,7 +207,7 @@ def prepare(target, train, val, kind):
         parts = [train, val] if val else [train]
         texts = (batch for part in parts for batch in batches(part(), "vocabulary"))
         tokenizer = learn(kind, texts)
-        n_train, *rest = write_tokens(work / "tokens.bin", parts, tokenizer)
+        n_train, *rest = write_tokens(work / "tokens.bin", parts, tokenizer, separate)
         if not rest:
             n_train = int(0.9 * n_train)
 
@@ -184,14 +219,16 @@ def prepare(target, train, val, kind):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_tokens(path, parts, tokenizer):
-    """The tokens of all parts, one after another. Returns how many each part has."""
+def write_tokens(path, parts, tokenizer, separate):
+    """The tokens of all parts, one after another. Returns how many each part has. separate:
+    an end of text, if there is such a token, stands before the first document, too."""
     counts = []
+    separate = separate and tokenizer.end is not None
     with open(path, "wb") as f:
         for part in parts:
             begin = f.tell()
             for batch in batches(part(), "tokens"):
-                if f.tell() > begin:
+                if separate or f.tell() > begin:
                     f.write(tokenizer.separator().tobytes())
                 f.write(tokenizer.encode_all(batch).tobytes())
             counts.append((f.tell() - begin) // tokenizer.dtype.itemsize)
@@ -218,7 +255,7 @@ def checksum(folder, tokenizer, n_train):
 
 class Corpus:
     """train and val, arrays of tokens on disk; their tokenizer; a checksum of all three;
-    the name of the data."""
+    the name of the data; separate, whether documents begin behind the end of a text."""
 
     def __init__(self, folder, name):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
@@ -228,6 +265,7 @@ class Corpus:
         tokens = tokens_in(folder, self.tokenizer.dtype)
         self.train = tokens[: meta["n_train"]]
         self.val = tokens[meta["n_train"] :]
+        self.separate = bool(len(tokens)) and tokens[0].item() == self.tokenizer.end
 
     def __str__(self):
         n = f"{len(self.train):,} + {len(self.val):,} tokens"
@@ -236,9 +274,10 @@ class Corpus:
 
 # ---- all of it -----------------------------------------------------------------------------
 def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=None, least=0):
-    """The Corpus that these flags name, prepared if it is not there yet. text_len: it is a
-    list of texts of so many tokens; val begins with one, too. but: a folder that is not
-    among the texts, as a run writes its log to it. least: how many tokens it must have.
+    """The Corpus that these flags name, prepared if it is not there yet. tokenizer: a name, a
+    folder or a Tokenizer. text_len: it is a list of texts of so many tokens; val begins with
+    one, too. but: a folder that is not among the texts, as a run writes its log to it. least:
+    how many tokens it must have.
 
     UserError for what cannot be read, and for too few tokens."""
     root = Path(folder or DATA)
@@ -251,6 +290,8 @@ def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=No
     files = [] if data in SOURCES else files_of("--data", data, apart + held_out)
     kind = tokenizer or ("gpt2" if data == "openwebtext" else "char")
     target = root / folder_for(data, kind, files, held_out)
+    single = [Path(data)] == files and Path(data).suffix.lower() not in JSON
+    separate = data == "openwebtext" if data in SOURCES else not single
 
     # Of several processes that want the same, one prepares it.
     if not target.exists():
@@ -261,7 +302,7 @@ def load(data, tokenizer=None, val_data=None, folder=None, text_len=None, but=No
                     train, val = SOURCES[data](root)
                 if held_out:
                     val = functools.partial(documents_in, held_out)
-                prepare(target, train, val, kind)
+                prepare(target, train, val, kind, separate)
 
     corpus = Corpus(target, data)
     if text_len and not held_out:  # the last tenth may begin amid a text
@@ -279,13 +320,16 @@ def folder_for(data, kind, files, held_out):
     """A name that changes with the text, the tokenizer, and the files of both. UserError if
     there is no such tokenizer."""
     parts = []
-    if kind not in TOKENIZERS:
+    about = [FORMAT, len(held_out)]
+    if isinstance(kind, Tokenizer):
+        about.append(kind.state)
+        kind = kind.kind
+    elif kind not in TOKENIZERS:
         names = f"{', '.join(TOKENIZERS)} nor a folder with tokenizer.json"
         parts = sorted(Path(kind).glob("tokenizer*.json"))
         how = "the package transformers writes one: AutoTokenizer.save_pretrained(FOLDER)"
         need(Path(kind, "tokenizer.json") in parts, f"--tokenizer {kind}: neither {names}; {how}")
 
-    about = [FORMAT, len(held_out)]
     for path in (*files, *held_out, *parts):
         found = path.stat()
         about += [os.path.realpath(path), found.st_size, found.st_mtime_ns]

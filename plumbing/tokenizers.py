@@ -3,22 +3,31 @@ Text to tokens and back. A tokenizer is a class and its entry in TOKENIZERS, at 
 
 It has kind, its name in the table; size, how many tokens there are; dtype, what a token
 takes on disk; unit, of a loss; end, the token between documents, or None; state, what JSON
-and checkpoints keep of it; and learn, encode, encode_all and pieces.
+and checkpoints keep of it; and learn, encode, encode_inside, encode_all and pieces.
 """
 
+import functools
 import itertools
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, need
 
 
 def clean(text):
-    """A terminal or a JSON string may hand over half characters (lone surrogates): now ?."""
+    """Texts and prompts alike: each line end is \\n, and half characters (lone surrogates), as
+    a terminal or a JSON string may hand them over, are ?."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.encode("utf-8", "replace").decode()
+
+
+def place(text, i):
+    """Line and character of text[i], both from 1."""
+    return text.count("\n", 0, i) + 1, i - text.rfind("\n", 0, i)
 
 
 class Tokenizer:
@@ -37,9 +46,15 @@ class Tokenizer:
         """(L,)"""
         return self.encode_all([clean(text)])
 
+    def encode_inside(self, text):
+        """The same for a text that stands behind another one."""
+        return self.encode(text)
+
     def separator(self):
         """The tokens between two documents."""
-        return self.encode(self.between) if self.end is None else np.array([self.end], self.dtype)
+        if self.end is not None:
+            return np.array([self.end], self.dtype)
+        return self.encode_inside(self.between)
 
     def encode_all(self, texts):
         """The tokens (L,) of several documents."""
@@ -81,11 +96,17 @@ class Characters(Tokenizer):
 
     def encode_each(self, texts):
         for text in texts:
+            # é is one character or two (NFC, NFD), and a prompt may have the other form.
+            forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
+            text = min(forms, key=lambda form: len(set(form).difference(self.vocab)))
+            if unknown := [c for c in dict.fromkeys(text) if c not in self.vocab]:
+                where = "first in line {}, character {}".format(
+                    *place(text, text.index(unknown[0]))
+                )
+                hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
+                why = f"does not occur in the text that this model was trained on{hint}"
+                raise UserError(f"{', '.join(map(repr, unknown[:9]))} ({where}) {why}")
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            unknown = codes[~np.isin(codes, self.codes)]
-            if len(unknown):
-                c = repr(chr(unknown[0]))
-                raise UserError(f"{c} does not occur in the text that this model was trained on")
             yield np.searchsorted(self.codes, codes)
 
     def pieces(self, ids):
@@ -143,6 +164,8 @@ class HuggingFace(Tokenizer):
         self.bpe.no_truncation()
         self.bpe.no_padding()
         super().__init__(self.bpe.get_vocab_size(), [text, end])
+        named = {self.bpe.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.bytes = {} if None in named else named
 
     @classmethod
     def at(cls, folder):
@@ -151,7 +174,8 @@ class HuggingFace(Tokenizer):
         config = Path(folder, "tokenizer_config.json")
         if config.is_file():
             try:
-                end = json.loads(config.read_text("utf-8")).get("eos_token")
+                names = json.loads(config.read_text("utf-8"))
+                end = names.get("eos_token", names.get("sep_token"))  # as BERT calls it
                 end = end["content"] if isinstance(end, dict) else end
             except (ValueError, AttributeError, KeyError):
                 raise UserError(f"{config} is damaged") from None
@@ -160,16 +184,51 @@ class HuggingFace(Tokenizer):
     def encode_each(self, texts):
         return [found.ids for found in self.bpe.encode_batch(texts, add_special_tokens=False)]
 
+    @functools.cached_property
+    def inside(self):
+        """The same without the mark, "▁" or a space, that stands before what is encoded."""
+        off = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
+        unmark = lambda part: part | {k: off[k] for k in off.keys() & part.keys()}  # noqa: E731
+        text, end = self.state["vocab"]
+        whole = json.loads(text)
+        for step in ("normalizer", "pre_tokenizer"):
+            whole[step] = json.loads(json.dumps(whole[step]), object_hook=unmark)
+        return HuggingFace([json.dumps(whole), end])
+
+    def encode(self, text):
+        """A space at the beginning that is taken for the mark is given twice."""
+        ids = super().encode(text)
+        lost = text[:1] == " " and self.decode(ids) == text[1:]
+        return self.encode_inside(f" {text}") if lost else ids
+
+    def encode_inside(self, text):
+        """UserError unless it comes out as it went in."""
+        text = clean(text)
+        [ids] = self.inside.encode_each([text])
+        same = self.decode([*self.encode("a"), *ids]) == f"a{text}"
+        why = ", and tokenizer_config.json names no eos_token" if text == self.between else ""
+        need(same, f"this tokenizer cannot put {text[:20]!r} behind another text as it is{why}")
+        return np.array(ids, self.dtype)
+
     def decode(self, ids):
-        return self.bpe.decode(ids, skip_special_tokens=False)
+        """A byte that makes no character spoils none beside it, as it would in the package."""
+        whole = []
+        for is_byte, run in itertools.groupby(ids, self.bytes.__contains__):
+            if is_byte:
+                text = bytes(self.bytes[i] for i in run).decode("utf-8", "replace")
+                run = [self.bpe.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+            whole += map(int, run)
+        return self.bpe.decode(whole, skip_special_tokens=False)
 
 
 TOKENIZERS = {"char": Characters, "gpt2": GPT2}  # by name; others by their folder
 
 
 def learn(name, batches):
-    """The tokenizer of that name, or in a folder with tokenizer.json. The batches of texts
-    decide which characters there are."""
+    """The tokenizer of that name, or in that folder, or itself if it is one. The batches of
+    texts decide which characters there are."""
+    if isinstance(name, Tokenizer):
+        return name
     if name not in TOKENIZERS:
         return HuggingFace.at(name)
     if name != "char":

@@ -108,7 +108,7 @@ error: --init_from words: a tokenizer without its model; take the whole folder
 $ train --model a3 --init_from sentences                # a tokenizer of another format
 error: --init_from sentences: no tokenizer.json; transformers and sentencepiece make it: ..
 $ train --model a3 --init_from good                     # a run of another model
-error: --init_from good: neither a LLaMA nor an ARM
+error: --init_from good: go on with it as --model lomdm
 $ train --model a3 --init_from bert                     # another kind of pretrained model
 error: --init_from bert: model_type bert is not supported; llama, mistral, qwen2, qwen3 are
 $ train --model a3 --init_from half                     # a download that broke off
@@ -118,9 +118,9 @@ error: --tokenizer is that of llama; leave it out
 
 -- texts --
 $ train --data missing.txt                              # a file that is not there
-error: --data missing.txt: no such file or folder
+error: --data missing.txt: no such file or folder in ..
 $ train --data itself                                   # a link to itself
-error: --data itself: no such file or folder
+error: --data itself: no such file or folder in ..
 $ train --data no_text                                  # a folder without texts
 error: --data no_text has no .txt or .jsonl files ..
 $ train --data good                                     # a folder with the logs of a run
@@ -130,7 +130,7 @@ error: --data empty.txt has 0 + 0 tokens to train and validate on, too few for a
 $ train --data short.txt                                # a file that is too short
 error: --data short.txt has 27 + 3 tokens to train and validate on, too few for a window of ..
 $ train --data latin1.txt                               # another encoding
-error: latin1.txt is not UTF-8 text
+error: latin1.txt, line 1, character 4: no UTF-8 text; perhaps iconv -f cp1252 ..
 $ train --data bad.jsonl                                # another format
 error: bad.jsonl, line 2: not a JSON object with a string "text"
 $ train --tokenizer no_text                             # a folder without a tokenizer
@@ -166,7 +166,7 @@ error: no checkpoint at nowhere/ckpt.pt; train one: python train_char.py --out_d
 $ sample --out_dir young                                # a run without a validation so far
 error: no checkpoint at young/ckpt.pt; not validated yet, --resume goes on
 $ sample --prompt 'to Be'                               # a character that was not in the text
-error: 'B' does not occur in the text that this model was trained on
+error: 'B' (first in line 1, character 4) does not occur in the text that this model was trained on
 $ sample --prompt 'to be, or not to be'                 # a prompt longer than the window
 error: the prompt fills the window: --length above 19?
 $ sample --prompt 'to be' --length 5                    # nothing is left to write

@@ -449,9 +449,10 @@ def test_pieces_of_any_tokens_join_to_what_they_say(tokenizer):
 
 
 def test_documents_are_parted_by_the_end_token(tokenizer):
-    ids = tokenizer.encode_all(["one", "two three"])
-    parts = [tokenizer.encode(t).tolist() for t in ("one", "two three")]
-    assert ids.tolist() == [*parts[0], tokenizer.end, *parts[1]]
+    ids = tokenizer.encode_all(["one", "two", " three"])
+    parts = [tokenizer.encode(t).tolist() for t in ("one", "two", " three")]
+    end = tokenizer.end
+    assert ids.tolist() == [*parts[0], end, *parts[1], end, *parts[2]]
 
 
 @pytest.mark.parametrize("eos", ["<|end|>", {"content": "<|end|>"}, None])
