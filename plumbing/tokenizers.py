@@ -92,22 +92,30 @@ class Characters(Tokenizer):
         """vocab: all characters there are, by code point."""
         super().__init__(len(vocab), vocab)
         self.vocab = vocab
+        self.known = set(vocab)
         self.codes = np.array([ord(c) for c in vocab], np.uint32)
 
     def encode_each(self, texts):
         for text in texts:
-            # é is one character or two (NFC, NFD), and a prompt may have the other form.
-            forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
-            text = min(forms, key=lambda form: len(set(form).difference(self.vocab)))
-            if unknown := [c for c in dict.fromkeys(text) if c not in self.vocab]:
-                where = "first in line {}, character {}".format(
-                    *place(text, text.index(unknown[0]))
-                )
-                hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
-                why = f"does not occur in the text that this model was trained on{hint}"
-                raise UserError(f"{', '.join(map(repr, unknown[:9]))} ({where}) {why}")
+            if not set(text) <= self.known:
+                text = self.in_known_form(text)
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
             yield np.searchsorted(self.codes, codes)
+
+    def in_known_form(self, text):
+        """é is one character or two (NFC, NFD), and a prompt may have the other form. UserError
+        if that is not all that is unknown."""
+        forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+        text = min((text, *forms), key=lambda form: len(set(form) - self.known))
+        unknown = [c for c in dict.fromkeys(text) if c not in self.known]
+        if unknown:
+            line, character = place(text, text.index(unknown[0]))
+            hint = "; in bash, $'one\\ntwo' has a line end" if "\\" in unknown else ""
+            raise UserError(
+                f"{', '.join(map(repr, unknown[:9]))} (first in line {line}, character "
+                f"{character}) does not occur in the text that this model was trained on{hint}"
+            )
+        return text
 
     def pieces(self, ids):
         return [self.vocab[i] for i in ids]
