@@ -95,6 +95,7 @@ def test_a_gap_in_a3_is_exact(float64):
     assert abs(drawn.mean() - costs.mean()) < 4 * error < 0.1 * costs.std()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["mdm", "lomdm", "a3"])
 def test_costs_by_share_add_up(float64, kind):
@@ -135,6 +136,7 @@ class Known(torch.nn.Module):
         return g @ self.p, {"nelbo": g.sum()}
 
 
+@pytest.mark.slow
 def test_noise_of_a_known_gradient():
     """With the mean (3, 0) and the variances 1 and 2 it is 3 / 9. And a text that is always first
     does not count more: (2, 0) or (0, 2) is (1, 1) and, squared, 2 of noise."""
@@ -285,6 +287,7 @@ def test_commands_run(at_runs, runs, capsys, argv, says):
         ET.parse(path)
 
 
+@pytest.mark.slow
 def test_speed(at_runs, capsys):
     """Every way of every model. The judge's cost is that of an ARM. Drafts need fewer calls."""
     flags = "--judge arm --samples 4 --repeats 1 --windows 9"

@@ -296,6 +296,7 @@ def measuring(name, code, *more):
     return table.Item(name, ("-c", code, *more))
 
 
+@pytest.mark.slow
 def test_all_is_made_once(work, capsys):
     """A run, and a measurement of it. Then nothing is left, until a command changes."""
     work += [training("r"), measuring("m", "print(1); print(3)", "runs/r")]
@@ -334,6 +335,7 @@ def test_older_code_is_kept_and_made_again_if_asked_for(work, monkeypatch, capsy
     assert Path("runs/r.1/ckpt.pt").is_file()  # of the older code
 
 
+@pytest.mark.slow
 def test_what_fails_is_named_and_what_needs_it_is_left(work, capsys):
     bad = training("bad", 3, "--beta2", "7")
     work += [bad, measuring("needs", "print(1)", "runs/bad"), measuring("good", "print(1)")]
@@ -372,6 +374,7 @@ def test_a_run_is_stopped_gone_on_with_and_kept(work, capsys):
     assert rows[-1]["step"] == 3000 and len(steps) == len(set(steps)) >= 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps,code", [(5, None), (3, "older")])
 def test_nobody_goes_on_with_another_run(work, steps, code):
     """A run by other flags, or that was begun by other code, is set aside."""
