@@ -235,5 +235,5 @@ def test_a_folder_that_holds_nothing(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         Scorer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be loaded: KeyError"):
+    with pytest.raises(UserError, match="cannot be loaded: model_type None is not"):
         Scorer(tmp_path)
