@@ -110,8 +110,7 @@ def chunk_groups(B, L, size=1, device=None):
 
 
 def random_groups(B, L, size=1, generator=None, device=None):
-    """A random order for each text, cut into groups of `size`: groups (B, L),
-    int64."""
+    """A random order for each text, cut into groups of `size`: groups (B, L), int64."""
     place = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)
     return chunk_groups(B, L, size, device).gather(1, place)  # position i comes as number place[i]
 
@@ -193,14 +192,13 @@ class Block(nn.Module):
         which is largest at the distance d. With c = 5 and 32 channels a head, a key there
         weighs e^3 times one beside it. It is only the beginning: training may move it. The
         other heads begin without, and find what is far."""
-        bias = self.qkv.bias.view(3, self.n_head, -1)  # of q, k and v
-        D = bias.shape[-1]
+        D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
+
         for head, d in enumerate(distances):
-            cos, sin = rotary_tables(torch.tensor(d), D)
-            with torch.no_grad():
-                bias[0, head] = rotate(k, cos, sin)
-                bias[1, head] = k
+            bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
+            bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
+            bias[1, head] = k
 
     def queries(self, u, rotary):
         """What a stream asks with, for u = norm1(h) (B, T, C): (B, n_head, T, head_dim)."""
@@ -279,7 +277,7 @@ class A3(nn.Module):
         # Token i is in slot i + 1, and its query in slot i. So what is beside it, at -1 and 1,
         # is 0 and 2 slots away.
         n = round(config.local_heads * config.n_head)
-        for block in self.blocks if n > 0 else ():
+        for block in self.blocks:
             block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])
 
     def check(self, x, groups=None):

@@ -179,14 +179,13 @@ class Block(nn.Module):
         which is largest at the distance d. With c = 5 and 32 channels a head, a key there
         weighs e^3 times one beside it. It is only the beginning: training may move it. The
         other heads begin without, and find what is far."""
-        bias = self.qkv.bias.view(3, self.n_head, -1)  # of q, k and v
-        D = bias.shape[-1]
+        D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
+
         for head, d in enumerate(distances):
-            cos, sin = rotary_tables(torch.tensor(d), D)
-            with torch.no_grad():
-                bias[0, head] = rotate(k, cos, sin)
-                bias[1, head] = k
+            bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
+            bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
+            bias[1, head] = k
 
     def project(self, h, rotary):
         """Queries, keys and values of h (B, T, C): (B, n_head, T, head_dim) each."""
@@ -375,7 +374,7 @@ class LoMDM(nn.Module):
         else:
             distances = [i // 2 + 1 if i % 2 else -(i // 2) - 1 for i in range(n)]
         for module in self.modules():
-            if isinstance(module, Block) and n > 0:
+            if isinstance(module, Block):
                 module.look_at(distances)
 
     def check(self, x):
@@ -809,10 +808,12 @@ def nll(model, h, x):
 #     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                               (4)
 #
 # which means: in a short time dt with probability A^i dt. (The i of alpha^i and A^i is an
-# index, as in the papers, and not a power.) LoMDM takes alpha^i = 1 - t^{w_i}, so A^i = w_i /
-# t. All hidden positions share the factor 1 / t, so the next one is i with
-# probability w_i / W. That is the race of section 2: i is hidden at time t with probability
-# t^{w_i}, which is the probability that Exponential(1) / w_i is more than -log t.
+# index, as in the papers, and not a power.)
+#
+# LoMDM takes alpha^i = 1 - t^{w_i}, so its rate A^i is w_i / t. All hidden positions share the
+# factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2: i
+# is hidden at time t with probability t^{w_i}, which is the probability that
+# Exponential(1) / w_i is more than -log t.
 #
 # The model reveals at a rate of its own, A_hat^i = w_hat_i / t. So in each dt, backwards in
 # time, a coin with probability A dt says what the noise reveals, and one with A_hat dt what
@@ -832,8 +833,8 @@ def nll(model, h, x):
 #
 # Why not train on (5), at a random time? It has the weight w / t, which is large where t is
 # small. Something is hidden there with probability about t^w, so its square has a mean like
-# the integral of t^w / t^2, which is infinite if w <= 1. In (2), drawn
-# by steps, no position weighs more than K.
+# the integral of t^w / t^2, which is infinite if w <= 1. In (2), where a step is drawn and not
+# a time, no position weighs more than K.
 
 
 def schedule(tau, w=1.0, speed=1):

@@ -337,8 +337,8 @@ def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
     """One step of training. Returns its metrics, {name: number on the device}. They stay
     there, because the CPU would have to wait for the GPU to read a number."""
     # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th
-    # of them. average_gradients() then divides the sum over processes by WORLD, hence WORLD /
-    # M.
+    # of them. average_gradients() then divides the sum over processes by WORLD, so each loss
+    # counts WORLD / M.
     M = s.gradient_accumulation_steps
     each = []
     for m in range(RANK, M, WORLD):
@@ -478,8 +478,6 @@ def pretrained(s, given):
             model = llama.from_pretrained(folder, L, **how)
             return take_over(s, given, model), HuggingFace.at(folder)
 
-        is_run = (folder / "ckpt.pt").is_file()
-        need(is_run, f"--init_from {folder}: no LLaMA, no run there")
         new = {} if s.dropout is None else {"dropout": s.dropout}
         make = lambda name, config: make_model(name, config | new)  # noqa: E731
         ckpt, model = checkpoint.load(folder / "ckpt.pt", make)
@@ -559,7 +557,7 @@ def text_tokenizer(s, ckpt, wanted=None):
         wanted = tokenizer_of(**ckpt["tokenizer"])
     if wanted is None:
         return s.tokenizer
-    return "gpt2" if wanted.kind == "gpt2" else wanted  # which needs no tokens of its own
+    return "gpt2" if wanted.kind == "gpt2" else wanted  # its name finds tokens that are there
 
 
 def follow_device(s):

@@ -357,6 +357,7 @@ def test_what_both_files_need_stands_in_both():
     """Each file is read by itself, so it is repeated word by word."""
     for name in ("need", "rotary_tables", "rotate", "certainty", "probabilities", "nll"):
         assert inspect.getsource(getattr(a3, name)) == inspect.getsource(getattr(lomdm, name))
+    assert inspect.getsource(a3.Block.look_at) == inspect.getsource(lomdm.Block.look_at)
     assert a3.MAX_LOGITS == lomdm.MAX_LOGITS
     assert statements(A3.logits) == statements(lomdm.LoMDM.logits)
     assert statements(a3.Block.attend) == statements(lomdm.Block.attend)
