@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
         ours = [option.removeprefix("--") for option in self._option_string_actions]
         names = {name: flag for flag in ours for name in (flag, *HABITS.get(flag, "").split())}
         typed = word.partition("=")[0].replace("-", "_").removeprefix("__").lower()
-        close = difflib.get_close_matches(typed, names, 1, 0.81)
+        close = difflib.get_close_matches(typed, names, 1, 0.8)
         return [f"--{names[name]}" for name in close if word.startswith("--")]
 
 

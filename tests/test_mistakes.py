@@ -47,6 +47,8 @@ from plumbing.cli import UserError
 
 TABLE = r"""
 -- flags --
+$ train --modle arm                                     # two letters in each other's place
+error: unrecognized arguments: --modle arm; did you mean --model? (--help lists the flags)
 $ train --learning_rat 1                                # a flag that does not exist
 error: unrecognized arguments: --learning_rat 1; did you mean --learning_rate? (--help ..
 $ train --block_size 64                                 # a flag as nanoGPT has it
