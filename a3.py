@@ -83,7 +83,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    local_heads: float = 0.0  # this share of the heads begins by looking at a neighbour
+    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
     left_neighbour: bool = True  # False: all queries begin as one vector, as in the paper
 
     def __post_init__(self):
@@ -104,13 +104,16 @@ class Config:
 
 def chunk_groups(B, L, size=1, device=None):
     """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L),
-    int64."""
-    need(size >= 1, f"the size of a group must be at least 1, not {size}")
-    return (torch.arange(L, device=device) // size).repeat(B, 1)
+    int64. size is a number, or (B, 1), a number for each text."""
+    size = torch.as_tensor(size)
+    need(size.min() >= 1, f"the size of a group must be at least 1, not {size.min()}")
+    groups = torch.arange(L, device=device) // size.to(device)
+    return groups.expand(B, L).contiguous()
 
 
 def random_groups(B, L, size=1, generator=None, device=None):
-    """A random order for each text, cut into groups of `size`: groups (B, L), int64."""
+    """A random order for each text, cut into groups of `size`, a number or (B, 1): groups
+    (B, L), int64."""
     place = torch.rand(B, L, generator=generator, device=device).argsort(dim=1)
     return chunk_groups(B, L, size, device).gather(1, place)  # position i comes as number place[i]
 
@@ -699,13 +702,13 @@ def nll(model, h, x):
 
 
 def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
-    """Progressive adaptation: the stage and the size of groups at step 0, 1, .. of
+    """Progressive adaptation: the stage and the largest size of groups at step 0, 1, .. of
     total_steps, which are cut into stages by shares. Later steps are as the last.
 
         stage 1   one token a group, left to right. With left_neighbour=False the queries are
                   new, and learn here to predict. Otherwise a loaded GPT can do it already
         stage 2   chunks of 1, then 2, then 4, a third of the stage each: several at a time
-        stage 3   random partitions into groups of group_size: any order"""
+        stage 3   random partitions: any order, in groups of group_size at the most"""
     positive = total_steps >= 1 and group_size >= 1
     need(positive, "total_steps and group_size must be at least 1")
     whole = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6

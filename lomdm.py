@@ -80,7 +80,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    local_heads: float = 0.0  # this share of the heads begins by looking at a neighbour
+    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
     block_len: int | None = None  # None means seq_len: one block
     learn_order: bool = False
     weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order

@@ -161,12 +161,12 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    local_heads: float = flag(0.0, "share of heads that begin at a neighbour; try 0.5", least=0)
+    local_heads: float = flag(0.5, "share of heads that begin at a neighbour", least=0)
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
     c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
-    group_size: int = flag(1, "of the random partitions in stage 3", least=1, only="a3")
+    group_size: int = flag(1, "in stage 3, drawn for each text: 1 to this", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
@@ -328,9 +328,13 @@ def loss_arguments(s, step, x):
     whether all of them have one token."""
     if s.model != "a3":
         return {}
-    stage, size = a3.curriculum(step, s.max_iters, s.shares, s.group_size)
-    draw = a3.random_groups if stage == 3 else a3.chunk_groups
-    return {"groups": draw(*x.shape, size, device=x.device), "single": size == 1}
+    stage, most = a3.curriculum(step, s.max_iters, s.shares, s.group_size)
+    if stage < 3:
+        groups = a3.chunk_groups(*x.shape, most, x.device)
+    else:  # each text has groups of a size of its own
+        size = torch.randint(1, most + 1, (len(x), 1))
+        groups = a3.random_groups(*x.shape, size, device=x.device)
+    return {"groups": groups, "single": most == 1}
 
 
 def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):

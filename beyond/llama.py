@@ -27,6 +27,7 @@ from a3 import need
 class Config(a3.Config):
     """What members of the family have otherwise than a3.py's network."""
 
+    local_heads: float = 0.0  # a trained model has found its neighbours
     start_id: int | None = None  # BOS; None: a token on top of the others, with the id vocab_size
     n_kv_head: int | None = None  # fewer heads for keys and values, each for several queries
     head_dim: int | None = None  # None: n_embd / n_head

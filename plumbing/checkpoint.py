@@ -19,7 +19,7 @@ import torch
 from plumbing.cli import UserError, need
 from plumbing.processes import RANK
 
-FORMAT = "lomdm checkpoint 3"
+FORMAT = "lomdm checkpoint 4"
 RUN_FILES = ("ckpt.pt", "last.pt", "log.jsonl")
 
 

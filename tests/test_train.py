@@ -277,16 +277,25 @@ def test_an_order_waits_for_a_third_of_the_steps(work, n, moves):
 
 
 def test_an_adaptation_goes_through_its_stages():
-    """An A3's groups are left to right one by one, then in chunks, and then random."""
-    s = train_char.Settings(model="a3", max_iters=10, shares=(0.2, 0.3, 0.5), group_size=2)
-    x = torch.zeros(3, 8, dtype=torch.long)
-    size = {0: 1, 1: 1, 2: 1, 3: 2, 4: 4}
-    for step in range(10):
+    """An A3's groups are left to right one by one, then in chunks, and then random partitions,
+    in which each text has a size of its own."""
+    s = train_char.Settings(model="a3", max_iters=10, shares=(0.2, 0.3, 0.5), group_size=3)
+    x = torch.zeros(20, 8, dtype=torch.long)
+    for step, size in enumerate([1, 1, 1, 2, 4]):
         given = train_char.loss_arguments(s, step, x)
-        chunks = a3.chunk_groups(3, 8, size.get(step, 2))
-        assert torch.equal(given["groups"], chunks) == (step < 5)
+        assert torch.equal(given["groups"], a3.chunk_groups(20, 8, size))
+        assert given["single"] == (size == 1)
+
+    torch.manual_seed(0)
+    for step in range(5, 10):
+        given = train_char.loss_arguments(s, step, x)
+        assert not given["single"]
+        sizes = [(row == 0).sum().item() for row in given["groups"]]
+        chunks = torch.cat([a3.chunk_groups(1, 8, size) for size in sizes])
+        assert set(sizes) == {1, 2, 3}
         assert torch.equal(given["groups"].sort(1).values, chunks)
-        assert given["single"] == (size.get(step) == 1)
+        assert not torch.equal(given["groups"], chunks)
+
     s.model = "loa3"
     assert train_char.loss_arguments(s, 0, x) == {}
 
