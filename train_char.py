@@ -466,10 +466,9 @@ def where_is(s, ckpt, given=()):
     """Set paths that were relative to the folder where the run began, if they are only there."""
     for name in ("data", "val_data", "tokenizer", "data_dir"):
         path = getattr(s, name)
-        if not path or name in given or path in {*data.SOURCES, *TOKENIZERS}:
-            continue
-        there = Path(ckpt.get("cwd", ""), path)
-        if not Path(path).exists() and there.exists():
+        is_path = path and name not in given and path not in {*data.SOURCES, *TOKENIZERS}
+        there = Path(ckpt.get("cwd", ""), path or "")
+        if is_path and there.exists() and not Path(path).exists():
             setattr(s, name, str(there))
 
 

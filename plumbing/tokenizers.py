@@ -150,7 +150,8 @@ class GPT2(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers."""
+    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers. Some
+    put a mark before a text, "▁" or a space, and take a space that is there for their mark."""
 
     kind = "huggingface"
     between = "\n\n"
@@ -193,7 +194,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def inside(self):
-        """The same without the mark, "▁" or a space, that stands before what is encoded."""
+        """The same without the mark that stands before what is encoded."""
         off = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
         unmark = lambda part: part | {k: off[k] for k in off.keys() & part.keys()}  # noqa: E731
         text, end = self.state["vocab"]
