@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 import a3
 import lomdm
-from beyond import llama, loa3
+from beyond import init_from, llama, loa3
 from plumbing import checkpoint, cli, data, pictures, processes
 from plumbing.cli import flag, need
 from plumbing.processes import RANK, WORLD
-from plumbing.tokenizers import TOKENIZERS, HuggingFace, tokenizer_of
+from plumbing.tokenizers import TOKENIZERS
 
 # ---- models ----------------------------------------------------------------------------------
 
@@ -143,7 +143,6 @@ class Settings:
     # and a help text that says [x] says what it then is.
     #     least, below   the range of a number
     #     only           the models that it is for
-    #     follows        the flag that it is settled by anew, if --resume changes that one
     #     resume         whether --resume may change it
     model: str = flag("lomdm", "what to train", TO_TRAIN)
     preset: str | None = flag(None, "small on CPU and MPS, base on CUDA", tuple(PRESETS))
@@ -182,8 +181,8 @@ class Settings:
     eval_interval: int | None = flag(None, "steps between validations", least=1, resume=True)
     eval_windows: int = flag(2000, "to validate on, evenly spread", least=1)
     log_interval: int = flag(10, "steps between lines in log.jsonl", least=1, resume=True)
-    dtype: str | None = flag(None, "", ("float32", "bfloat16"), resume=True, follows="device")
-    compile: bool | None = flag(None, "torch.compile the loss", resume=True, follows="device")
+    dtype: str | None = flag(None, "", ("float32", "bfloat16"), resume=True)
+    compile: bool | None = flag(None, "torch.compile the loss", resume=True)
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
 
@@ -467,69 +466,14 @@ def train(s, device, corpus, model, ckpt, about):
 # ---- start -----------------------------------------------------------------------------------
 
 
-def pretrained(s, given):
-    """The model in the folder --init_from: that of a run of the same model, or an A3 made from
-    an ARM or a LLaMA. Also its tokenizer."""
-    folder = Path(s.init_from)
-    same = s.tokenizer in (None, s.init_from)
-    need(same, f"--tokenizer is that of {s.init_from}; leave it out")
-    with cli.one_line(ValueError, ImportError):
-        if (folder / "config.json").is_file():
-            need(s.model == "a3", f"--init_from {folder}: a LLaMA becomes --model a3")
-            s.dropout = s.dropout or 0.0
-            L = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
-            how = {"dropout": s.dropout, "left_neighbour": s.left_neighbour}
-            model = llama.from_pretrained(folder, L, **how)
-            return take_over(s, given, model), HuggingFace.at(folder)
-
-        new = {} if s.dropout is None else {"dropout": s.dropout}
-        make = lambda name, config: make_model(name, config | new)  # noqa: E731
-        ckpt, model = checkpoint.load(folder / "ckpt.pt", make)
-        name = {"llama": "a3"}.get(ckpt["model_name"], ckpt["model_name"])
-        if (s.model, name) == ("a3", "arm"):
-            c = asdict(model.config)
-            kept = {name: c[name] for name in ("vocab_size", *SIZES, "dropout", "local_heads")}
-            model = a3.A3(a3.Config(**kept, left_neighbour=s.left_neighbour))
-            model.load_arm(ckpt["model"])
-        else:
-            need(s.model == name, f"--init_from {folder}: go on with it as --model {name}")
-    return take_over(s, given, model), tokenizer_of(**ckpt["tokenizer"])
-
-
-def take_over(s, given, model):
-    """Set the flags that say what a pretrained model is. What was given may not differ."""
-    for f in fields(Settings):
-        had = getattr(model.config, f.name, None)
-        if had is not None and s.model in (f.metadata["only"] or s.model).split():
-            same = given.get(f.name, had) == had
-            need(same, f"--{f.name} is {had} in {s.init_from}; leave it out")
-            setattr(s, f.name, had)
-    return model
-
-
 def where_is(s, ckpt, given=()):
     """Set paths that were relative to the folder where the run began, if they are only there."""
     for name in ("data", "val_data", "tokenizer", "data_dir"):
         path = getattr(s, name)
-        if not path or name in given or path in {*data.SOURCES, *TOKENIZERS}:
-            continue
-        there = Path(ckpt.get("cwd", ""), path)
-        if not Path(path).exists() and there.exists():
+        is_path = path and name not in given and path not in {*data.SOURCES, *TOKENIZERS}
+        there = Path(ckpt.get("cwd", ""), path or "")
+        if is_path and there.exists() and not Path(path).exists():
             setattr(s, name, str(there))
-
-
-def check_source(folder):
-    """UserError if the folder --init_from is no run and no LLaMA; it says what is there."""
-    if (folder / "ckpt.pt").is_file():
-        return
-    try:
-        llama.recognise(folder)
-    except ValueError as e:
-        raise cli.UserError(f"--init_from {folder}: {llama.in_words(e)}") from None
-    has_words = (folder / "tokenizer.json").is_file() or not (folder / "config.json").is_file()
-    make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-    how = f"transformers and sentencepiece make it: {make}"
-    need(has_words, f"--init_from {folder}: no tokenizer.json; {how}")
 
 
 def new_model(s, vocab_size):
@@ -549,19 +493,17 @@ def go_on(given):
     out = Path(given.get("out_dir", Settings.out_dir))
     lock = checkpoint.only_run(out)  # first, as a run that is just ending still saves
     ckpt, model = checkpoint.load(out / "last.pt", make_model)
-    s = Settings(**checkpoint.resumable(ckpt["settings"], given, Settings))
+
+    # On another kind of device, what follows it is settled anew.
+    saved = ckpt["settings"]
+    before = saved["device"]
+    now = given.get("device", before)
+    if now.partition(":")[0] != before.partition(":")[0]:
+        saved = saved | {"dtype": None, "compile": None}
+
+    s = Settings(**checkpoint.resumable(saved, given, Settings))
     where_is(s, ckpt, given)
     return s, ckpt, model, lock
-
-
-def text_tokenizer(s, ckpt, wanted=None):
-    """What data.load() takes as tokenizer: with --init_from that of the model, which is `wanted`
-    or in the checkpoint."""
-    if s.init_from and ckpt:
-        wanted = tokenizer_of(**ckpt["tokenizer"])
-    if wanted is None:
-        return s.tokenizer
-    return "gpt2" if wanted.kind == "gpt2" else wanted  # its name finds tokens that are there
 
 
 def follow_device(s):
@@ -577,17 +519,20 @@ def follow_device(s):
 
 def begin(given):
     """The settings, the device, and what is there already: a checkpoint and its model if the run
-    goes on; a pretrained model and the tokenizer that it needs, if there is one. Also the lock
-    of the run's folder, held as long as this process lives."""
-    ckpt = model = lock = tokenizer = None
+    goes on, or a pretrained model. Also the tokenizer, as data.load() takes it, and the lock of
+    the run's folder, held as long as this process lives."""
+    ckpt = model = lock = None
     s = Settings(**given)
+    tokenizer = s.tokenizer
     if s.resume:
         s, ckpt, model, lock = go_on(given)
+        tokenizer = init_from.tokenizer_of_run(s, ckpt)
+
     device = follow_device(s)
     if s.init_from and not ckpt:
-        check_source(Path(s.init_from))
-        cli.check(s)  # is it for this model?
-        model, tokenizer = pretrained(s, given)
+        window = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
+        model, tokenizer = init_from.load(s, given, window, make_model)
+
     settle(s, device)
     lock = lock or checkpoint.only_run(Path(s.out_dir))
     return s, device, ckpt, model, tokenizer, lock
@@ -606,16 +551,14 @@ def run(argv):
     given = cli.parse(Settings, argv, __doc__, PRESETS)
     given = given | processes.join(given.get("device"))
 
-    s, device, ckpt, model, wanted, _lock = begin(given)
+    s, device, ckpt, model, tokenizer, _lock = begin(given)
 
     # The text.
     with processes.first_only():
-        kind = text_tokenizer(s, ckpt, wanted)
-        where = s.data, kind, s.val_data, s.data_dir, s.text_len
+        where = s.data, tokenizer, s.val_data, s.data_dir, s.text_len
         corpus = data.load(*where, s.out_dir, s.seq_len)
     s.data = corpus.name
     tokenizer = corpus.tokenizer
-    need(processes.agree(corpus.sha256), "the processes have different texts; see --data")
     same = not ckpt or ckpt["data_sha256"] == corpus.sha256
     need(same, f"--data {s.data} is not the text that this run began with")
     enough = model is None or model.config.vocab_size >= tokenizer.size

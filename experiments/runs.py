@@ -8,7 +8,7 @@ import torch
 
 import a3
 import train_char
-from beyond import loa3
+from beyond import init_from, loa3
 from plumbing import checkpoint, cli, data
 from plumbing.cli import UserError, need
 from plumbing.tokenizers import tokenizer_of
@@ -34,7 +34,7 @@ class Run:
             val = self.read(val_data, L)
         else:
             train_char.where_is(s, self.ckpt)
-            kind = train_char.text_tokenizer(s, self.ckpt)
+            kind = init_from.tokenizer_of_run(s, self.ckpt)
             folder = data_dir or s.data_dir
             corpus = data.load(s.data, kind, s.val_data, folder, s.text_len)
             self.tokenizer = corpus.tokenizer

@@ -180,11 +180,6 @@ def resumable(saved, given, Settings):
 
     settings = dict(saved, out_dir=out)
     for f in fields(Settings):
-        # What follows another flag is settled anew if that changes.
-        above = f.metadata["follows"]
-        if above in given and given[above] != saved[above]:
-            settings[f.name] = None
-
         had = settings[f.name]
         kept = f.name not in given or f.metadata["resume"] or given[f.name] == had
         need(kept, f"--{f.name} is {had} in {out}; leave it out, or start without --resume")

@@ -153,13 +153,10 @@ class Parser(argparse.ArgumentParser):
         return [f"--{names[name]}" for name in close if word.startswith("--")]
 
 
-def flag(
-    default, help, choices=None, least=None, below=None, only=None, resume=False, follows=None
-):
+def flag(default, help, choices=None, least=None, below=None, only=None, resume=False):
     """A field that is a flag. least <= value < below; only: the models that it is for, "a
-    b"; resume: it may change when a run goes on; follows: the flag that settles it anew by
-    changing."""
-    rules = dict(least=least, below=below, only=only, resume=resume, follows=follows)
+    b"; resume: it may change when a run goes on."""
+    rules = dict(least=least, below=below, only=only, resume=resume)
     return field(default=default, metadata=dict(help=help, choices=choices, **rules))
 
 

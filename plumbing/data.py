@@ -1,14 +1,10 @@
 """
 Text to tokens on disk: tokens.bin and meta.json, in a folder of their own.
 
-    python -m plumbing.data --data openwebtext              GPT-2 tokens, about 17 GB on disk
-    python -m plumbing.data --data FILE_OR_FOLDER --tokenizer gpt2
-
-train_char.py calls load() with the same flags, so that running this is never needed, only
-possible. A text is a list of documents: a .txt file is one, and each line of a .jsonl file.
-They are read, encoded and written a few at a time, so that a corpus may be larger than the
-memory. The folder's name holds a hash of the files' names, sizes and times, so that a text
-that has changed gets a folder anew.
+A text is a list of documents: a .txt file is one, and each line of a .jsonl file. They are
+read, encoded and written a few at a time, so that a corpus may be larger than the memory. The
+folder's name holds a hash of the files' names, sizes and times, so that a text that has
+changed gets a folder anew.
 
 Of several documents each stands behind the end-of-text token, if there is one, the first too.
 """
@@ -23,15 +19,13 @@ import os
 import re
 import shutil
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from plumbing import cli
 from plumbing.checkpoint import lock, write_file
-from plumbing.cli import UserError, flag, need
+from plumbing.cli import UserError, need
 from plumbing.films import films
 from plumbing.processes import RANK
 from plumbing.tokenizers import TOKENIZERS, Tokenizer, clean, learn, place, tokenizer_of
@@ -65,7 +59,8 @@ def python_docs(root):
 
 
 def openwebtext(root):
-    """OpenWebText from the Hugging Face hub, with the same split as nanoGPT's."""
+    """OpenWebText from the Hugging Face hub, with the same split as nanoGPT's. Its tokens
+    take about 17 GB on disk."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -335,22 +330,3 @@ def folder_for(data, kind, files, held_out):
         about += [os.path.realpath(path), found.st_size, found.st_mtime_ns]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     return f"{Path(data).stem[:60]}-{Path(kind).name[:40]}-{digest[:12]}"
-
-
-@dataclass
-class Flags:
-    data: str = flag("shakespeare", f"{', '.join(SOURCES)}, a .txt, a .jsonl, or their folder")
-    val_data: str | None = flag(None, "text to validate on, by default the last tenth of --data")
-    tokenizer: str | None = flag(None, "char, gpt2 [openwebtext] or a folder with tokenizer.json")
-    data_dir: str | None = flag(None, "where tokens are kept, by default data")
-
-
-def main(argv=None):
-    a = Flags(**cli.parse(Flags, argv, __doc__))
-    corpus = load(a.data, a.tokenizer, a.val_data, a.data_dir)
-    n_train, n_val = len(corpus.train), len(corpus.val)
-    print(f"{corpus.name}: {n_train:,} tokens to train on, {n_val:,} to validate")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -71,7 +71,7 @@ def leave():
         dist.destroy_process_group()
 
 
-# ---- agreeing ------------------------------------------------------------------------------
+# ---- averaging -----------------------------------------------------------------------------
 def mean(tensor):
     """Make a tensor the mean of all processes' tensors, in place."""
     if WORLD > 1:
@@ -86,14 +86,6 @@ def mean_and_any(numbers, flag):
     flags = numbers.new_full((1,), float(bool(flag)))
     both = mean(torch.cat((numbers.flatten(), flags))).cpu().double()
     return both[:-1].view(numbers.shape), both[-1].item() > 0
-
-
-def agree(value):
-    """Whether all processes have the same."""
-    found = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(found, value)
-    return len(set(found)) == 1
 
 
 def average_gradients(model):

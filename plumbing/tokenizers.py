@@ -150,7 +150,8 @@ class GPT2(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers."""
+    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers. Some
+    put a mark before a text, "▁" or a space, and take a space that is there for their mark."""
 
     kind = "huggingface"
     between = "\n\n"
@@ -182,8 +183,7 @@ class HuggingFace(Tokenizer):
         config = Path(folder, "tokenizer_config.json")
         if config.is_file():
             try:
-                names = json.loads(config.read_text("utf-8"))
-                end = names.get("eos_token", names.get("sep_token"))  # as BERT calls it
+                end = json.loads(config.read_text("utf-8")).get("eos_token")
                 end = end["content"] if isinstance(end, dict) else end
             except (ValueError, AttributeError, KeyError):
                 raise UserError(f"{config} is damaged") from None
@@ -194,7 +194,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def inside(self):
-        """The same without the mark, "▁" or a space, that stands before what is encoded."""
+        """The same without the mark that stands before what is encoded."""
         off = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
         unmark = lambda part: part | {k: off[k] for k in off.keys() & part.keys()}  # noqa: E731
         text, end = self.state["vocab"]
@@ -202,12 +202,6 @@ class HuggingFace(Tokenizer):
         for step in ("normalizer", "pre_tokenizer"):
             whole[step] = json.loads(json.dumps(whole[step]), object_hook=unmark)
         return HuggingFace([json.dumps(whole), end])
-
-    def encode(self, text):
-        """A space at the beginning that is taken for the mark is given twice."""
-        ids = super().encode(text)
-        lost = text[:1] == " " and self.decode(ids) == text[1:]
-        return self.encode_inside(f" {text}") if lost else ids
 
     def encode_inside(self, text):
         """UserError unless it comes out as it went in."""

@@ -175,16 +175,14 @@ class Settings:
     max_iters: int | None = flag(None, "", resume=True)
     n_layer: int = flag(1, "")
     device: str | None = flag(None, "", resume=True)
-    dtype: str | None = flag(None, "", resume=True, follows="device")
 
 
 def test_what_may_change():
-    """What a flag may not change is named. dtype follows a device that changes."""
-    saved = dict(out_dir="old", max_iters=5, n_layer=1, device="cuda", dtype="bfloat16")
+    """What a flag may not change is named."""
+    saved = dict(out_dir="old", max_iters=5, n_layer=1, device="cuda")
     assert checkpoint.resumable(saved, {}, Settings) == saved | {"out_dir": "out"}  # it was moved
     given = saved | {"out_dir": "good", "max_iters": 9}
     assert checkpoint.resumable(saved, given, Settings) == given
-    assert checkpoint.resumable(saved, {"device": "cpu"}, Settings)["dtype"] is None
 
     with pytest.raises(UserError, match="the run in out has other settings than this version"):
         checkpoint.resumable(saved | {"more": 1}, {}, Settings)

@@ -171,12 +171,6 @@ def test_shakespeare(monkeypatch):
     assert downloads == []
 
 
-def test_the_command(capsys):
-    Path("a.txt").write_text("ab" * 50)
-    data.main(["--data", "a.txt", "--tokenizer", "gpt2", "--data_dir", "tokens"])
-    assert capsys.readouterr().out == "a.txt: 45 tokens to train on, 5 to validate\n"
-
-
 def test_tokenizers_from_what_json_kept():
     for kind, vocab in (("char", ["a", "b", "—"]), ("gpt2", None)):
         tokenizer = tokenizers.tokenizer_of(**json.loads(json.dumps(dict(kind=kind, vocab=vocab))))

@@ -114,7 +114,6 @@ with processes.first_only():
 print("one of us speaks")
 loss(x[processes.RANK::2]).backward()
 processes.average_gradients(model)
-assert processes.agree("all") and not processes.agree(processes.RANK)
 steps = torch.tensor([[1.0, 5.0], [2.0, 6.0]]) + 2 * processes.RANK
 both = [processes.mean_and_any(steps, f) for f in ([2] * processes.RANK, [], True)]
 torch.save(dict(

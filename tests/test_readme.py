@@ -14,7 +14,7 @@ import lomdm
 import sample
 import train_char
 from experiments import bench, evidence, harness, report, run_all, speed
-from plumbing import cli, data
+from plumbing import cli
 
 ROOT = Path(__file__).parents[1]
 FILES = "README.md", "experiments/RESULTS.md", "experiments/TRIED.md"
@@ -32,7 +32,6 @@ def parser_of(Settings):
 PARSE = {  # as a command calls it: file, parser
     "train_char.py": ("train_char.py", parser_of(train_char.Settings)),
     "sample.py": ("sample.py", parser_of(sample.Settings)),
-    "plumbing.data": ("plumbing/data.py", parser_of(data.Flags)),
     "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
     "experiments.evidence": ("experiments/evidence.py", evidence.parse),
     "experiments.harness": ("experiments/harness.py", harness.parse),
@@ -89,7 +88,7 @@ def test_command_parses(script, argv):
 
 def test_flags_exist():
     """Flags that are named on their own, in `--flag value`."""
-    settings = (train_char.Settings, sample.Settings, data.Flags, bench.Settings)
+    settings = (train_char.Settings, sample.Settings, bench.Settings)
     known = {f"--{name}" for S in settings for name in S.__dataclass_fields__}
     known |= {f"--{name}" for name in (*evidence.FLAGS, *harness.FLAGS)}
     known |= {"--only", "--minutes", "--list", "--again"}  # of run_all

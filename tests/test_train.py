@@ -352,6 +352,22 @@ def test_resume_remembers_the_best(work, capsys):
     assert Path("out/ckpt.pt").read_bytes() == before["ckpt.pt"]
 
 
+def test_resume_on_another_device(work):
+    """Its dtype, and whether it compiles, follow a kind of device that changes. A second GPU
+    is of the same kind."""
+    train("--max_iters 1")
+    ckpt = checkpoint("out/last.pt")
+    ckpt["settings"] |= {"device": "cuda:0", "dtype": "bfloat16", "compile": True}
+    torch.save(ckpt, "out/last.pt")
+    for device, dtype in ("cuda:1", "bfloat16"), ("mps", None):
+        s, *_, lock = train_char.go_on({"device": device})
+        lock.close()
+        assert (s.device, s.dtype) == (device, dtype)
+    train("--resume --max_iters 2", base="--device cpu")
+    settings = checkpoint("out/last.pt")["settings"]
+    assert settings["dtype"] == "float32" and settings["compile"] is False
+
+
 def test_resume_survives_a_move(work):
     """A folder that was renamed goes on where it is, and may have other steps and another
     rate."""
