@@ -105,10 +105,10 @@ class Config:
 def chunk_groups(B, L, size=1, device=None):
     """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L),
     int64. size is a number, or (B, 1), a number for each text."""
-    size = torch.as_tensor(size)
-    need(size.min() >= 1, f"the size of a group must be at least 1, not {size.min()}")
-    groups = torch.arange(L, device=device) // size.to(device)
-    return groups.expand(B, L).contiguous()
+    number = not torch.is_tensor(size)
+    need(not number or size >= 1, f"the size of a group must be at least 1, not {size}")
+    groups = torch.arange(L, device=device) // size  # (L,), or (B, L)
+    return groups.expand(B, L).clone()
 
 
 def random_groups(B, L, size=1, generator=None, device=None):

@@ -242,9 +242,9 @@ def prefix_log_prob(w, order, k):
 
 
 class Order(nn.Module):
-    """A head that reads weights off the features of a text: one more block of the network, a
-    linear map to a number v_i at each position, and one of two ways to make a positive weight
-    of it. The means are over the positions j of i's block.
+    """A head that reads weights off features h (B, T, C): a linear map to a number v_i at each
+    position, and one of two ways to make a positive weight of it. The means are over the
+    positions j of i's block.
 
         normsig   w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j))       the paper's
         exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     far steeper
@@ -253,24 +253,16 @@ class Order(nn.Module):
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
     It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
-    matters, as weights that are all doubled give the same orders.
-
-    The head does not shape the features that it reads, hence detach(): they are for guessing
-    tokens, and the gradient of an order is noisy. It has no dropout, as w_hat is to match w,
-    and noise in either costs nats."""
+    matters, as weights that are all doubled give the same orders."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.block = Block(config, dropout=0.0)
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, h, rotary, mask, rows=None):
-        """Features h (B, T, C) -> weights (B, T), or (B, rows) of the first `rows` places."""
-        return self.weigh(self.block(h.detach(), rotary, mask, rows))
-
-    def weigh(self, h):
+    def forward(self, h):
+        """Features h (B, T, C), in whole blocks -> weights (B, T)."""
         v = self.score(self.norm(h)).squeeze(-1)  # (B, T)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
 
@@ -291,9 +283,9 @@ class Order(nn.Module):
 class Uniform(nn.Module):
     """It stands in the place of an Order where none is learned: all weights are 1."""
 
-    def forward(self, h, rotary, mask, rows=None):
+    def forward(self, h):
         float32 = torch.promote_types(h.dtype, torch.float32)
-        return h.new_ones(len(h), rows or h.shape[1], dtype=float32)
+        return h.new_ones(h.shape[:2], dtype=float32)
 
 
 # ---- 3. the cost of one step -------------------------------------------------------------
@@ -352,8 +344,13 @@ class LoMDM(nn.Module):
         # [MASK] is never predicted. The rows are filled up to a multiple of 64, which GPUs
         # like, and logits() cuts off what is too much.
         self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
-        self.g = Order(config) if config.learn_order else Uniform()  # the weights w(x)
-        self.g_hat = Order(config) if config.learn_order else Uniform()  # the guess w_hat(z)
+
+        # The guess w_hat(z) is read off the features that predict the tokens. The weights w(x)
+        # are read off the clean text, by one more block. It sees the embeddings, so that the
+        # clean text need not go through the network.
+        self.g_hat = Order(config) if config.learn_order else Uniform()
+        self.g = Order(config) if config.learn_order else Uniform()
+        self.g_block = Block(config, dropout=0.0) if config.learn_order else None
 
         # As in GPT-2, the residual branches begin smaller, so that their sum keeps its scale.
         for name, p in self.named_parameters():
@@ -438,22 +435,23 @@ class LoMDM(nn.Module):
         return self.block_inputs(z, x)
 
     def features(self, z, x=None):
-        """The backbone on inputs(z, x): its features h (B, T, C), and how a head may attend to
-        them: (rotary, mask). T is L, or 2 L with a clean copy: see block_inputs()."""
+        """The network on inputs(z, x): its features h (B, L, C) of the text z."""
         tokens, pos, mask = self.inputs(z, x)
-        rotary = rotary_tables(pos, self.config.n_embd // self.config.n_head)
+        rotary = self.rotary(pos)
         h = self.wte(tokens) + self.wpe(pos)  # (B, T, C)
         h = F.dropout(h, self.config.dropout, self.training)
 
         for block in self.blocks[:-1]:
             h = block(h, rotary, mask)
 
-        # The head of a learned order reads the clean copy once more. If no order is learned,
-        # nobody reads the clean copy after the last layer, so it is not computed there.
+        # Nobody reads the clean copy after the last layer, so it is not computed there.
         L = z.shape[1]
-        has_unread_copy = len(pos) > L and not self.config.learn_order
-        h = self.blocks[-1](h, rotary, mask, rows=L if has_unread_copy else None)
-        return self.norm(h), (rotary, mask)
+        h = self.blocks[-1](h, rotary, mask, rows=L if len(pos) > L else None)
+        return self.norm(h)
+
+    def rotary(self, pos):
+        """cos and sin (T, head_dim) for positions pos (T,)."""
+        return rotary_tables(pos, self.config.n_embd // self.config.n_head)
 
     def logits(self, h):
         """(.., C) -> (.., V), in float32 at least, as softmax and sums follow."""
@@ -463,35 +461,31 @@ class LoMDM(nn.Module):
     def log_probs(self, z):
         """log mu (B, L, V): the guess of every token of z (B, L), from its own block and those
         before it. It is meant for hidden positions. An ARM's guess reads the tokens before."""
-        h, _ = self.features(z)
-        return F.log_softmax(self.logits(h), dim=-1)
+        return F.log_softmax(self.logits(self.features(z)), dim=-1)
 
     def order_weights(self, x):
-        """w(x) (B, L): the weights of q, which sees the clean x up to the end of its block."""
-        self.check(x)
-        if not self.config.learn_order:  # the features would not be read
-            float32 = torch.promote_types(self.wte.weight.dtype, torch.float32)
-            return torch.ones_like(x, dtype=float32)
-
-        with torch.no_grad():
-            h, attention = self.features(x)
-        return self.g(h, *attention)
+        """w(x) (B, L): the weights of q, which sees the clean x up to the end of its block.
+        They do not shape the embeddings, hence detach(), as the gradient of an order is
+        noisy."""
+        tokens, pos, mask = self.inputs(x)
+        h = (self.wte(tokens) + self.wpe(pos)).detach()
+        if self.config.learn_order:
+            h = self.g_block(h, self.rotary(pos), mask)
+        return self.g(h)
 
     def order_weights_hat(self, z):
         """w_hat(z) (B, L): the weights of q_hat, which sees what is revealed."""
-        h, attention = self.features(z)
-        return self.g_hat(h, *attention)
+        return self.g_hat(self.features(z))
 
     def predict_masked(self, x, hidden):
         """Hide the positions hidden (B, n, K) of x (B, L), and look at all blocks in one pass.
         Returns -log mu of the true tokens, 0 where visible, and w_hat: (B, n, K) each."""
-        L = x.shape[1]
         z = x.masked_fill(hidden.view_as(x), self.mask_id)
-        h, attention = self.features(z, x)  # (B, L or 2 L, C)
+        h = self.features(z, x)  # (B, L, C)
 
         # nll() of section 6 is cross entropy.
-        token_nll = nll(self, h[:, :L].flatten(0, 1), x.flatten())  # (B L,)
-        w_hat = self.g_hat(h, *attention, rows=L if h.shape[1] > L else None)  # (B, L)
+        token_nll = nll(self, h.flatten(0, 1), x.flatten())  # (B L,)
+        w_hat = self.g_hat(h)  # (B, L)
         return token_nll.view_as(hidden) * hidden, w_hat.view_as(hidden)
 
     def loss(self, x):
@@ -606,8 +600,8 @@ class LoMDM(nn.Module):
             here = slice(end - K, end)  # the current block
             while (hidden := x[:, here] == self.mask_id).any():  # (B, K)
                 # Where? At the hidden positions that win the race, or have the largest score.
-                h, w_hat = read(x[:, :end], by)
-                score = self.score(h, w_hat, by)  # (B, K)
+                h = read(x[:, :end])  # (B, K, C)
+                score = self.score(h, by)  # (B, K)
                 if by in ("order", "random"):  # race(): 1 / arrival, the first is the largest
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~hidden, -torch.inf)
@@ -628,19 +622,16 @@ class LoMDM(nn.Module):
                 call += 1
         return x, revealed_at
 
-    def read(self, x, by):
-        """Features h (B, K, C) of the last block of x (B, end), and if the rule `by` is
-        "order" w_hat (B, K), else None."""
-        h, attention = self.features(x)
+    def read(self, x):
+        """Features h (B, K, C) of the last block of x (B, end)."""
         K = min(x.shape[1], self.config.block_len)
-        w_hat = self.g_hat(h, *attention)[:, -K:] if by == "order" else None
-        return h[:, -K:], w_hat
+        return self.features(x)[:, -K:]
 
-    def score(self, h, w_hat, by):
+    def score(self, h, by):
         """A score (B, K) for each position of a block, by rule: the largest come next. For
-        "order" and "random" it is the weight in a race. h and w_hat: see read()."""
+        "order" and "random" it is the weight in a race. h: see read()."""
         if by == "order":
-            return w_hat
+            return self.g_hat(h)
         if by == "random":
             return torch.ones(h.shape[:2], device=h.device)
         if by == "left":
@@ -730,15 +721,13 @@ class CachedReader:
     def __init__(self, model, z):
         self.model = model
         self.begin = 0  # positions before this one are finished, and in memory
-
-        # One memory for each layer of the backbone, and one for the head of the order.
         config = model.config
-        layers = config.n_layer + 1
-        room = (layers, 2, len(z), config.n_head, z.shape[1], config.n_embd // config.n_head)
+        head_dim = config.n_embd // config.n_head
+        room = (config.n_layer, 2, len(z), config.n_head, z.shape[1], head_dim)
         self.keys_values = model.wte.weight.new_empty(room)
 
-    def __call__(self, x, by):
-        """As LoMDM.read(): h (B, K, C) of the last block of x (B, end), and w_hat or None."""
+    def __call__(self, x):
+        """As LoMDM.read(): h (B, K, C) of the last block of x (B, end)."""
         model, begin, end = self.model, self.begin, x.shape[1]
         K = min(end, model.config.block_len)
 
@@ -750,21 +739,16 @@ class CachedReader:
         tokens, pos = tokens[:, begin:], pos[begin:]
 
         # This is LoMDM.features(), with keys and values from memory.
-        rotary = rotary_tables(pos, model.config.n_embd // model.config.n_head)
+        rotary = model.rotary(pos)
         h = model.wte(tokens) + model.wpe(pos)
         for i, block in enumerate(model.blocks):
             h = self.run(i, block, h, rotary, mask)
         h = model.norm(h)
 
-        # The head of a learned order has a block of its own, and the last memory.
-        w_hat = None
-        if by == "order":
-            w_hat = model.g_hat.weigh(self.run(-1, model.g_hat.block, h, rotary, mask))[:, -K:]
-
         # An ARM reads the token before each position, so it has read finished tokens only.
         # Other models have just read a block with hidden tokens, and will read it again.
         self.begin = end if K == 1 else end - K
-        return h[:, -K:], w_hat
+        return h[:, -K:]
 
     def run(self, layer, block, h, rotary, mask):
         """One block of the network on the places h (B, T, C) behind those in memory."""
@@ -879,8 +863,8 @@ def nelbo_terms_at(model, x, t, w, generator=None):
     hidden = torch.rand(x.shape, generator=generator, device=x.device) >= alpha
 
     # One block at a time is noisy, and those before it are clean: no clean copy is needed.
-    h, attention = model.features(x.masked_fill(hidden, model.mask_id))
-    _, velocity_hat = schedule(tau, model.g_hat(h, *attention), speed=L // K)
+    h = model.features(x.masked_fill(hidden, model.mask_id))
+    _, velocity_hat = schedule(tau, model.g_hat(h), speed=L // K)
     log_mu = F.log_softmax(model.logits(h), dim=-1)  # (B, L, V)
     recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
 

@@ -15,6 +15,7 @@ exactly as it would have, and N processes do what one does with the same
 --gradient_accumulation_steps.
 """
 
+import inspect
 import math
 import os
 import shlex
@@ -77,11 +78,16 @@ def figures_of(model):
     return {"exact" if model.config.block_len == 1 else "bound": {}}
 
 
-# A digest of these files is in the log of each run. It shows whether a figure was made by this
-# version of the code.
-HERE = Path(__file__).parent
-OUR_CODE = [HERE / "lomdm.py", HERE / "a3.py", HERE / "train_char.py"]
-OUR_CODE += sorted(HERE.glob("beyond/*.py"))
+def code_of(name, adapted=False):
+    """The files from which the figures of a run come: those of its model, this one, and those
+    of a model that it began with. A digest of them is in the log. It shows whether a figure
+    was made by today's code."""
+    cls, _, _ = MODELS[name]
+    classes = cls.__mro__[:-2]  # without nn.Module and object
+    files = {inspect.getfile(c) for c in classes} | {__file__}
+    if adapted:
+        files |= {init_from.__file__, llama.__file__}
+    return files
 
 
 # ---- settings --------------------------------------------------------------------------------
@@ -94,12 +100,12 @@ SMALL = {  # nanoGPT's laptop size
     "seq_len": 64,
     "dropout": 0.0,
     "batch_size": 16,
-    "max_iters": 400,
+    "max_iters": 500,
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "beta2": 0.99,
     "warmup_iters": 100,
-    "eval_interval": 200,
+    "eval_interval": 250,
 }
 FILM = {  # films of a cellular automaton, last moment first
     "data": "automaton",
@@ -331,7 +337,7 @@ def loss_arguments(s, step, x):
     if stage < 3:
         groups = a3.chunk_groups(*x.shape, most, x.device)
     else:  # each text has groups of a size of its own
-        size = torch.randint(1, most + 1, (len(x), 1))
+        size = torch.randint(1, most + 1, (len(x), 1)).to(x.device)
         groups = a3.random_groups(*x.shape, size, device=x.device)
     return {"groups": groups, "single": most == 1}
 
@@ -574,7 +580,7 @@ def run(argv):
         "data_sha256": corpus.sha256,
         "separate": corpus.separate,
         "cwd": os.getcwd(),
-        "code": checkpoint.code_digest(OUR_CODE),
+        "code": checkpoint.code_digest(code_of(s.model, bool(s.init_from))),
     }
     checkpoint.begin(Path(s.out_dir), ckpt, about)
     n = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"

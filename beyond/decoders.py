@@ -54,8 +54,8 @@ def walk_blocks(model, x, by, per_step):
     for end in range(K, L + 1, K):
         here = slice(end - K, end)
         for left in range(K, 0, -per_step):  # as many positions are hidden in every text
-            h, w_hat = read(z[:, :end], by)
-            score = model.score(h, w_hat, by)
+            h = read(z[:, :end])  # (B, K, C)
+            score = model.score(h, by)
             score = score.masked_fill(z[:, here] != model.mask_id, -torch.inf)
             pick = score.argsort(dim=1, descending=True, stable=True)[:, : min(left, per_step)]
 

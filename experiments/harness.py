@@ -35,8 +35,8 @@ def is_greedy(model, x, gap):
     todo = gap.clone()
     b = torch.arange(len(x), device=x.device) // min(len(x), model.config.block_len)
     while todo.any():
-        h, attention = model.features(z[None])
-        w_hat = model.g_hat(h, *attention)[0]  # (L,)
+        h = model.features(z[None])
+        w_hat = model.g_hat(h)[0]  # (L,)
         i = (w_hat * (todo & (b == b[todo][0]))).argmax()
         if model.logits(h[0, i]).argmax() != x[i]:
             return False

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import train_char
+from beyond import decoders, speculative
 from plumbing import checkpoint
-from train_char import OUR_CODE
 
 RUNS = Path("runs")
 LOGS = Path("experiments/logs")
@@ -26,7 +27,6 @@ FROM_ARM = "--init_from runs/arm_s{seed}"
 MODELS = {
     "arm": "--model arm",
     "mdm": "--model mdm",
-    "mdm_32": "--model mdm --batch_size 32",
     "mdm_by_time": "--model mdm-by-time",
     "block4": "--model block --block_len 4",
     "block16": "--model block",
@@ -36,26 +36,17 @@ MODELS = {
     "lomdm_frozen": "--model lomdm --c2 0",
     "lomdm_by_time": "--model lomdm-by-time",
     "a3": A3,
+    "a3_groups": f"{A3} --group_size 8",
     "stages": f"--model a3 {FROM_ARM}",
     "stage3": f"{A3} {FROM_ARM}",
     "vector": f"{A3} --left_neighbour False",
-    "vector_stage3": f"{A3} {FROM_ARM} --left_neighbour False",
     "loa3": "--model loa3",
     "share01": "--model loa3 --random_share 0.1",
-    "share03": "--model loa3 --random_share 0.3",
-    # as many steps as fit into the time of the ARM's 3,000
-    "block4_time": "--model block --block_len 4 --max_iters 1400",
+    # as many steps as fit into the time of the MDM's 3,000
     "block16_time": "--model block --max_iters 1400",
-    "lomdm_time": "--model lomdm --max_iters 950",
-    "a3_time": f"{A3} --max_iters 1500",
-    "loa3_time": "--model loa3 --max_iters 1500",
-    # half of the heads begin by looking at a neighbour
-    "arm_local": "--model arm --local_heads 0.5",
-    "mdm_local": "--model mdm --local_heads 0.5",
-    "lomdm_local": "--model lomdm --local_heads 0.5",
-    "lomdm_exp_local": "--model lomdm --weights exp --local_heads 0.5",
-    "a3_local": f"{A3} --local_heads 0.5",
-    "loa3_local": "--model loa3 --local_heads 0.5",
+    "lomdm_time": "--model lomdm --max_iters 2600",
+    "a3_time": f"{A3} --max_iters 1700",
+    "loa3_time": "--model loa3 --max_iters 1700",
     # a pretrained LLaMA as it was, by one step that changes nothing, and trained on
     "smol0": "--max_iters 1 --learning_rate 1e-12",
     "smol": "--max_iters 240 --learning_rate 2e-4 --warmup_iters 10",
@@ -66,16 +57,17 @@ QUIET = "--log_interval 100 --num_samples 0"
 CPU = f"--device cpu --dtype bfloat16 --compile {QUIET}"
 SMALL = f"{CPU} --max_iters 3000 --eval_interval 500"
 LONG = (
-    f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 "
-    "--eval_interval 1000"
+    f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 --eval_interval 1000"
 )
 
-# Films are trained in float32, which is faster at this width. LoMDM reads each film twice, so it
-# gets half as many.
-FILM = f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 --batch_size"
-SHORT_FILM = "--data automaton --max_iters 1000 --eval_interval 250"
-LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
-BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
+# LoMDM reads each text in two orders, so it gets half as many texts.
+HALF = "--batch_size 8"
+
+# Films are trained in float32, which is faster at this width.
+FILM = (
+    f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 "
+    "--max_iters 3000 --eval_interval 1000 --data"
+)
 
 SMOL = (
     f"{A3} --init_from data/SmolLM2-135M-Instruct --device cpu --dtype bfloat16 --log_interval 20 "
@@ -91,26 +83,23 @@ GPT2 = (
 ONE = (1,)
 TWO = (1, 2)
 THREE = (1, 2, 3)
-FRESH = (11, 12, 13)  # seeds that LoA3's rules were not chosen with
 TRAIN = [  # what their names begin with, models, seeds, flags
-    ("", "arm mdm mdm_32 block4 block16 lomdm lomdm_exp lomdm_frozen a3 loa3", THREE, SMALL),
-    ("", "share01 share03 stages stage3 vector vector_stage3", TWO, SMALL),
-    ("", "mdm_by_time lomdm_by_time", TWO, SMALL),
-    ("", "block4_time block16_time lomdm_time a3_time loa3_time", THREE,
-     f"{CPU} --eval_interval 250"),
-    ("early_", "arm arm_local mdm mdm_local lomdm lomdm_local a3 a3_local loa3 loa3_local", ONE,
-     f"{CPU} --max_iters 600 --eval_interval 300"),
-    ("fresh_", "loa3", FRESH, SMALL),
+    ("", "arm mdm block4 block16 a3 loa3", THREE, SMALL),
+    ("", "lomdm lomdm_exp lomdm_frozen", THREE, f"{SMALL} {HALF}"),
+    ("early_", "mdm", THREE, f"{CPU} --max_iters 600 --eval_interval 300"),
+    ("early_", "lomdm", THREE, f"{CPU} --max_iters 800 --eval_interval 400"),
+    ("film_", "arm mdm loa3", THREE, f"{FILM} automaton --batch_size 64"),
+    ("film_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} automaton --batch_size 32"),
+    ("plain_", "arm mdm block16 a3 loa3", THREE, f"{SMALL} --local_heads 0"),
+    ("plain_", "lomdm", THREE, f"{SMALL} {HALF} --local_heads 0"),
+    ("", "lomdm_time", THREE, f"{CPU} {HALF} --eval_interval 250"),
+    ("", "block16_time a3_time loa3_time", THREE, f"{CPU} --eval_interval 250"),
+    ("both_", "arm loa3", THREE, f"{FILM} automaton-both --batch_size 64"),
+    ("", "share01 stages stage3 vector a3_groups mdm_by_time", TWO, SMALL),
+    ("", "lomdm_by_time", TWO, f"{SMALL} {HALF}"),
+    ("film_", "block17 a3", TWO, f"{FILM} automaton --batch_size 64"),
     ("long_", "arm", ONE, LONG),
     ("long_", "loa3", ONE, f"--random_share 0.2 {LONG}"),
-    ("film_", "arm mdm block17 a3 loa3", THREE, f"{FILM} 64 {SHORT_FILM}"),
-    ("film_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {SHORT_FILM}"),
-    ("film_", "arm_local mdm_local loa3_local", ONE, f"{FILM} 64 {SHORT_FILM}"),
-    ("film_", "lomdm_exp_local", ONE, f"{FILM} 32 {SHORT_FILM}"),
-    ("fresh_film_", "loa3", FRESH, f"{FILM} 64 {SHORT_FILM}"),
-    ("film_long_", "arm mdm loa3", THREE, f"{FILM} 64 {LONG_FILM}"),
-    ("film_long_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {LONG_FILM}"),
-    ("both_", "arm loa3", THREE, f"{FILM} 64 {BOTH_WAYS}"),
     ("", "smol0 smol", ONE, SMOL),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
     ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),
@@ -124,10 +113,8 @@ def of(names, seeds=ONE):
 
 
 MEASURE = {
-    "rows": f"evidence rows {of('film_loa3 both_loa3', THREE)}",
-    "rows_long": f"evidence rows {of('film_long_lomdm_exp film_long_lomdm', THREE)}",
-    "films": f"evidence films {of('film_loa3 both_loa3', THREE)}",
-    "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3', THREE)}",
+    "rows": f"evidence rows {of('film_loa3 both_loa3 film_lomdm_exp film_lomdm', THREE)}",
+    "films": f"evidence films {of('film_loa3 both_loa3 film_lomdm_exp', THREE)}",
     "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
     "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
@@ -136,8 +123,7 @@ MEASURE = {
     "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
     "variance": f"evidence variance {of('mdm lomdm')}",
     "samples": f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}",
-    "infill": "evidence infill "
-    + of("arm block16 mdm lomdm lomdm_exp loa3 share01 share03 a3"),
+    "infill": "evidence infill " + of("arm block16 mdm lomdm lomdm_exp loa3 share01 a3"),
     "decoders": f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 200",
     "page": f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
@@ -196,13 +182,20 @@ def items():
 
 # ---- what is done --------------------------------------------------------------------------------
 @cache
-def todays_code():
-    return checkpoint.code_digest(OUR_CODE)
+def todays_code(item):
+    """The digest of the code that makes it today. A measurement may need any model."""
+    if item.is_run:
+        model = item.argv[item.argv.index("--model") + 1]
+        files = train_char.code_of(model, "--init_from" in item.argv)
+    else:
+        files = {f for name in train_char.MODELS for f in train_char.code_of(name, adapted=True)}
+        files |= {decoders.__file__, speculative.__file__}
+    return checkpoint.code_digest(files)
 
 
 def stamp(item):
     """The first line of what a measurement printed."""
-    return f"{item.command}  # {todays_code()}"
+    return f"{item.command}  # {todays_code(item)}"
 
 
 def read_log(item):
@@ -234,4 +227,4 @@ def is_old(item):
     if not header:
         return False
     needed = [other for other in items() if other.name in item.needs]
-    return header.get("code") != todays_code() or any(is_old(other) for other in needed)
+    return header.get("code") != todays_code(item) or any(is_old(other) for other in needed)

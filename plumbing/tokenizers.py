@@ -150,8 +150,7 @@ class GPT2(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers. Some
-    put a mark before a text, "▁" or a space, and take a space that is there for their mark."""
+    """A tokenizer.json, as it lies beside a pretrained model, by the package tokenizers."""
 
     kind = "huggingface"
     between = "\n\n"
@@ -194,7 +193,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def inside(self):
-        """The same without the mark that stands before what is encoded."""
+        """The same without the mark, "▁" or a space, that stands before what is encoded."""
         off = {"prepend": "", "add_prefix_space": False, "prepend_scheme": "never"}
         unmark = lambda part: part | {k: off[k] for k in off.keys() & part.keys()}  # noqa: E731
         text, end = self.state["vocab"]
@@ -202,6 +201,12 @@ class HuggingFace(Tokenizer):
         for step in ("normalizer", "pre_tokenizer"):
             whole[step] = json.loads(json.dumps(whole[step]), object_hook=unmark)
         return HuggingFace([json.dumps(whole), end])
+
+    def encode(self, text):
+        """A space at the beginning that is taken for the mark is given twice."""
+        ids = super().encode(text)
+        lost = text[:1] == " " and self.decode(ids) == text[1:]
+        return self.encode_inside(f" {text}") if lost else ids
 
     def encode_inside(self, text):
         """UserError unless it comes out as it went in."""

@@ -262,13 +262,13 @@ def test_a_loaded_arm_keeps_its_parameters():
         ),
         (
             lambda: make_arm(n_layer=2),
-            r"blocks.2.norm1.weight is None, not \(8,\), and 5 more",
+            r"blocks.2.norm1.weight is None, not \(8,\), and 6 more",
         ),
         (
             lambda: make_arm(n_layer=4),
-            r"blocks.3.norm1.weight is \(8,\), not None, and 5 more",
+            r"blocks.3.norm1.weight is \(8,\), not None, and 6 more",
         ),
-        (lambda: make_arm(block_len=5, learn_order=True), r"g.block.norm1.weight is \(8,\)"),
+        (lambda: make_arm(block_len=5, learn_order=True), r"g_hat.norm.weight is \(8,\)"),
         (lambda: make_a3(n_layer=3), r"query is \(8,\), not None"),
         (lambda: make_a3(n_layer=3, vocab_size=7), r"wte.weight is \(8, 8\), not \(4, 8\)"),
     ],

@@ -116,7 +116,7 @@ def six_lines(model, x, turn, k):
         randint=lambda high, shape: k,
     )
     names = dict(B=len(x), L=x.shape[1], x=x, mask_id=model.mask_id, torch=random, F=F)
-    names["model"] = lambda z: model.logits(model.features(z)[0])
+    names["model"] = lambda z: model.logits(model.features(z))
     exec("\n".join(lines), names)
     return names["loss"]
 

@@ -36,7 +36,7 @@ def test_each_head_begins_at_its_neighbour(model, distances):
     """Every block, those of the order included, and wherever the neighbour exists."""
     model = lomdm.LoMDM(lomdm.Config(**SIZE, **model, local_heads=1.0))
     blocks = [m for m in model.modules() if isinstance(m, lomdm.Block)]
-    assert len(blocks) == 2 + 2 * model.config.learn_order
+    assert len(blocks) == 2 + model.config.learn_order
     for block in blocks:
         for scores, d in zip(lomdm_scores(block), distances, strict=True):
             for i in range(max(0, -d), min(L, L - d)):
@@ -51,7 +51,8 @@ def test_the_free_heads_begin_without_preference():
         bias = cls(Config(**SIZE, local_heads=0.5)).blocks[0].qkv.bias.view(3, H, -1)
         assert (bias[:2, : H // 2].flatten(2).norm(dim=-1) > 1).all()
         assert not bias[:2, H // 2 :].any() and not bias[2].any()
-        assert all(block.qkv.bias is None for block in cls(Config(**SIZE)).blocks)
+        plain = cls(Config(**SIZE, local_heads=0.0))
+        assert all(block.qkv.bias is None for block in plain.blocks)
 
 
 def test_a_query_of_a3_begins_at_the_tokens_beside_it():
@@ -104,6 +105,6 @@ def test_what_is_tied_together_stays_so_with_biases():
 
 
 def test_a_plain_checkpoint_does_not_fit_and_says_so():
-    plain = oracle.make_lomdm(L=6, block_len=1)
+    plain = oracle.make_lomdm(L=6, block_len=1, local_heads=0.0)
     with pytest.raises(ValueError, match="blocks.0.qkv.bias is None, not"):
         oracle.make_a3(6, local_heads=1.0).load_arm(plain.state_dict())

@@ -86,13 +86,18 @@ def test_loss_of_a_batch_by_hand(monkeypatch):
     torch.testing.assert_close(model.loss(x)[0], total / (2 * 6))
 
 
-def test_the_order_does_not_shape_the_backbone():
-    """Stop-gradient on the features: w trains g alone, and w_hat trains g_hat alone."""
-    for weights_of, head in [("order_weights", "g."), ("order_weights_hat", "g_hat.")]:
-        model = make_lomdm(learn_order=True)
-        getattr(model, weights_of)(texts(4)).square().sum().backward()
-        for name, p in model.named_parameters():
-            assert (p.grad is not None) == name.startswith(head), name
+def test_what_an_order_trains():
+    """w trains its own block and head alone, and w_hat all that reads z but not what predicts
+    tokens."""
+    model = make_lomdm(learn_order=True)
+    model.order_weights(texts(4)).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == name.startswith(("g.", "g_block.")), name
+
+    model = make_lomdm(learn_order=True)
+    model.order_weights_hat(texts(4)).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith(("g.", "g_block.", "lm_head.")), name
 
 
 @pytest.mark.parametrize("weights", ["normsig", "exp"])
@@ -101,8 +106,9 @@ def test_weights_formula(weights):
     block."""
     model = make_lomdm(L=6, block_len=3, learn_order=True, weights=weights)
     x = torch.randint(V, (2, 6))
-    h, attention = model.features(x)
-    v = model.g.score(model.g.norm(model.g.block(h, *attention)))[..., 0]
+    _, pos, mask = model.inputs(x)
+    h = model.g_block(model.wte(x) + model.wpe(pos), model.rotary(pos), mask)
+    v = model.g.score(model.g.norm(h))[..., 0]
 
     w = model.order_weights(x)
 
@@ -226,17 +232,16 @@ def test_cached_samples_are_those_without_a_cache(kw, per_step, monkeypatch):
 
 @torch.no_grad()
 def test_cached_reads_are_those_without_a_cache():
-    """Features and weights at each step of writing, not only what is drawn from them."""
+    """Features at each step of writing, not only what is drawn from them."""
     for kw in CACHED:
         model = make_lomdm(L=6, **kw)
         K = model.config.block_len
         z = torch.full((4, 6), V)
         cached = lomdm.CachedReader(model, z)
-        by = "order" if model.config.learn_order else "random"
         for i in range(6):
             end = i - i % K + K
-            got = cached(z[:, :end], by)
-            want = model.read(z[:, :end], by)
+            got = cached(z[:, :end])
+            want = model.read(z[:, :end])
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
             z[:, i] = torch.randint(V, (4,))
 
@@ -306,7 +311,7 @@ def test_predictions_see_their_own_and_earlier_blocks_only(block_len):
 # ---- dropout and precision ---------------------------------------------------------------
 
 
-def test_dropout_is_for_training_and_not_for_the_order():
+def test_dropout_is_for_training_and_not_for_the_weights_of_q():
     plain = make_lomdm(learn_order=True)
     x = texts(4)
     model = make_lomdm(learn_order=True, dropout=0.5)
@@ -314,8 +319,7 @@ def test_dropout_is_for_training_and_not_for_the_order():
 
     model.train()
     assert not torch.equal(model.log_probs(x), model.log_probs(x))
-    h, attention = plain.features(x)
-    torch.testing.assert_close(model.g(h, *attention), plain.g(h, *attention))
+    assert torch.equal(model.order_weights(x), plain.order_weights(x))
 
 
 def test_likelihoods_and_weights_stay_in_single_precision():

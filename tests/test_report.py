@@ -136,7 +136,7 @@ def write_log(name, values, seed=1, machine="a machine", code=None, **settings):
     known = dict(model="arm", max_iters=20, batch_size=4, seed=seed, dtype="float32", compile=False,
                  n_layer=1, n_embd=2, seq_len=3)  # fmt: skip
     header = dict(settings=known | settings, hardware=machine, command=item.command)
-    header["code"] = code or table.todays_code()
+    header["code"] = code or table.todays_code(item)
     rows = [
         dict(step=10 * (i + 1), val=value, val_error=0.1, kind=kind)
         for kind, found in values.items()
@@ -303,7 +303,7 @@ def test_all_is_made_once(work, capsys):
     run_all.main([])
     assert "2 of 2: m done" in capsys.readouterr().out
     command, machine, *printed = Path("experiments/logs/m.txt").read_text().splitlines()
-    assert command == f"$ python -c 'print(1); print(3)' runs/r  # {table.todays_code()}"
+    assert command == f"$ python -c 'print(1); print(3)' runs/r  # {table.todays_code(work[1])}"
     assert "CPU" in machine and printed == ["1", "3"]
     header, rows = table.read_log(work[0])
     assert "CPU" in header["hardware"] and rows[-1]["step"] == 3
@@ -321,8 +321,8 @@ def test_all_is_made_once(work, capsys):
 def test_older_code_is_kept_and_made_again_if_asked_for(work, monkeypatch, capsys):
     work += [training("r"), measuring("m", "print(1)", "runs/r"), measuring("n", "print(2)")]
     run_all.main([])
-    code = table.todays_code()
-    monkeypatch.setattr(table, "todays_code", lambda: "newer")
+    code = table.todays_code(work[2])
+    monkeypatch.setattr(table, "todays_code", lambda item: "newer")
     capsys.readouterr()
     run_all.main(["--list"])
     listed = capsys.readouterr().out.splitlines()
@@ -380,9 +380,9 @@ def test_nobody_goes_on_with_another_run(work, steps, code):
     """A run by other flags, or that was begun by other code, is set aside."""
     Path("runs/r").mkdir()
     Path("runs/r/last.pt").write_text("the other")
-    begun = training("r", steps).command
-    Path("runs/r.begun").write_text(f"{begun}  # {code or table.todays_code()}")
     work += [training("r")]
+    begun = training("r", steps).command
+    Path("runs/r.begun").write_text(f"{begun}  # {code or table.todays_code(work[0])}")
     run_all.main([])
     assert table.is_done(work[0]) and Path("runs/r.1/last.pt").read_text() == "the other"
 

@@ -309,7 +309,7 @@ def test_presets(work, monkeypatch):
     with torch.device("meta"):
         model = train_char.new_model(s, 50257)
     blocks = sum(p.numel() for p in model.blocks.parameters())
-    assert blocks == 12 * (768 * 768 * 4 + 3 * 768 * 2048 + 2 * 768)
+    assert blocks == 12 * (768 * 768 * 4 + 3 * 768 + 3 * 768 * 2048 + 2 * 768)
 
     films = data.films
     monkeypatch.setattr(data, "films", lambda n, *how: films(n // 100, *how))
