@@ -5,6 +5,7 @@ Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs sa
 
     {{losses arm mdm}}          a table of the validation figures of these runs
     {{pairs a3-arm left:a-b}}   a table of differences, seed by seed; left: of these figures
+    {{ratios arm left:a3}}      how many times as many steps the runs plain_arm, .. take
     {{curves c.svg arm mdm}}    a picture of validation figures during training
     {{rows NAME PATTERN}}       what a measurement printed: each match is a row of its groups
     {{nats arm left}}           one figure of a run, that has the word left
@@ -16,6 +17,7 @@ number with its error. A run is named without its seed: a figure is a mean over 
 been run, ± its standard error. A section in which something has not been made is left out.
 """
 
+import itertools
 import math
 import re
 import statistics
@@ -34,7 +36,6 @@ OLD = " †"  # after what was made by other code than today's
 LABELS = {
     "arm": "ARM",
     "mdm": "MDM",
-    "mdm_32": "MDM, 32 windows a step",
     "mdm_by_time": "MDM, random times",
     "block4": "block diffusion, 4",
     "block16": "block diffusion, 16",
@@ -44,19 +45,12 @@ LABELS = {
     "lomdm_frozen": "LoMDM, equal weights",
     "lomdm_by_time": "LoMDM, random times",
     "a3": "A3",
+    "a3_groups": "A3, groups of 1 to 8",
     "stages": "A3 from the ARM, three stages",
     "stage3": "A3 from the ARM, stage 3 only",
     "vector": "A3, no left neighbour",
-    "vector_stage3": "A3 from the ARM, stage 3 only, no left neighbour",
     "loa3": "LoA3",
     "share01": "LoA3, a tenth in random order",
-    "share03": "LoA3, three tenths in random order",
-    "arm_local": "ARM, local heads",
-    "mdm_local": "MDM, local heads",
-    "lomdm_local": "LoMDM, local heads",
-    "lomdm_exp_local": "LoMDM, steep weights, local heads",
-    "a3_local": "A3, local heads",
-    "loa3_local": "LoA3, local heads",
     "smol0": "SmolLM2 as an A3, before",
     "smol": "SmolLM2 as an A3, after",
 }
@@ -64,7 +58,7 @@ LABELS = {
 
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, _time, the seed."""
-    name = re.sub(r"^((fresh|early|film|both|long|base|gpt2)_)+", "", name)
+    name = re.sub(r"^((plain|early|film|both|long|base|gpt2)_)+", "", name)
     for end in (r"_s\d+$", "(?<!by)_time$"):
         name = re.sub(end, "", name)
     return LABELS.get(name, name)
@@ -119,9 +113,9 @@ def mean_error(values):
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
 
 
-def shown(values, sign=""):
+def shown(values, sign="", digits=4):
     mean, error = mean_error(values)
-    return f"{mean:{sign}.4f}" + (f" ± {error:.4f}" if len(values) > 1 else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
 def multiplied(words):
@@ -164,7 +158,7 @@ def losses(*names):
             return NOT_YET
         s = validations(name)[0][0]["settings"]
         size = f"{s['max_iters']:,} x {s['batch_size']}"
-        size += ", twice" if s["model"].startswith("lomdm") else ""
+        size += " in two orders" if s["model"].startswith("lomdm") else ""
         for kind, found in best(name).items():
             values = [times * value for value, _ in found.values()]
             cost = shown(values)
@@ -197,6 +191,46 @@ def pairs(*names):
         kinds = kind if kind == other_kind else f"{kind} − {other_kind}"
         out.append(row(f"{label(one)} − {label(other)}", shown(less, "+"), len(less), kinds))
         used |= {one: True, other: True}
+    return "\n".join([*out, "", made(used)])
+
+
+def curve(name, word=""):
+    """{seed: [(step, value)]} of the kind of figure that has this word."""
+    kind, _ = figure(name, word)
+    return {
+        header["settings"]["seed"]: [(r["step"], r["val"]) for r in rows if r["kind"] == kind]
+        for header, rows in validations(name)
+    }
+
+
+def reached(points, level):
+    """The step at which points [(step, value)] first fall to a level, on straight lines between
+    them."""
+    for (step, value), (next_step, next_value) in itertools.pairwise(points):
+        if next_value <= level < value:
+            return step + (next_step - step) * (value - level) / (value - next_value)
+    return math.nan
+
+
+def ratios(*names):
+    """How many times as many steps the plain_ runs take to where they are after so many."""
+    marks = 1000, 2000, 3000
+    out = head("", *(f"{mark:,} plain steps" for mark in marks), "seeds", "what it is")
+    used = {}
+    for name in names:
+        word, _, name = name.rpartition(":")
+        kind, _ = figure(name, word)
+        fast, slow = curve(name, word), curve(f"plain_{name}", word)
+        seeds = sorted(fast.keys() & slow.keys())
+        if not seeds:
+            return NOT_YET
+
+        cells = [
+            shown([mark / reached(fast[seed], dict(slow[seed])[mark]) for seed in seeds], digits=2)
+            for mark in marks
+        ]
+        out.append(row(label(name), *cells, len(seeds), kind))
+        used |= {name: True, f"plain_{name}": True}
     return "\n".join([*out, "", made(used)])
 
 
@@ -268,7 +302,7 @@ def log(*names):
 
 
 # ---- the page ------------------------------------------------------------------------------------
-WORDS = {word.__name__: word for word in (losses, pairs, nats, curves, rows, find, log)}
+WORDS = {word.__name__: word for word in (losses, pairs, ratios, nats, curves, rows, find, log)}
 
 
 def fill(match):
