@@ -39,7 +39,6 @@ LABELS = {
     "mdm_by_time": "MDM, random times",
     "block4": "block diffusion, 4",
     "block16": "block diffusion, 16",
-    "block17": "block diffusion, 17: a line",
     "lomdm": "LoMDM",
     "lomdm_exp": "LoMDM, steep weights",
     "lomdm_frozen": "LoMDM, equal weights",
@@ -48,7 +47,6 @@ LABELS = {
     "a3_groups": "A3, groups of 1 to 8",
     "stages": "A3 from the ARM, three stages",
     "stage3": "A3 from the ARM, stage 3 only",
-    "vector": "A3, no left neighbour",
     "loa3": "LoA3",
     "share01": "LoA3, a tenth in random order",
     "smol0": "SmolLM2 as an A3, before",
@@ -57,10 +55,9 @@ LABELS = {
 
 
 def label(name):
-    """What a reader calls a run. What its table has in common goes: film_, _time, the seed."""
-    name = re.sub(r"^((plain|early|film|both|long|base|gpt2)_)+", "", name)
-    for end in (r"_s\d+$", "(?<!by)_time$"):
-        name = re.sub(end, "", name)
+    """What a reader calls a run. What its table has in common goes: film_, the seed."""
+    name = re.sub(r"^(plain|early|time|film|both|long|base|gpt2)_", "", name)
+    name = re.sub(r"_s\d+$", "", name)
     return LABELS.get(name, name)
 
 
