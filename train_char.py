@@ -107,7 +107,8 @@ SMALL = {  # nanoGPT's laptop size
     "warmup_iters": 100,
     "eval_interval": 250,
 }
-FILM = {  # films of a cellular automaton, last moment first
+FILM = {  # films of a cellular automaton, last moment first; worse in bfloat16
+    "dtype": "float32",
     "data": "automaton",
     "n_layer": 3,
     "n_embd": 64,
@@ -200,7 +201,7 @@ def settle(s, device):
     steps = s.max_iters or known["max_iters"]
     known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["compile"] = cli.is_modern(device)
-    known["dtype"] = "bfloat16" if known["compile"] else "float32"
+    known.setdefault("dtype", "bfloat16" if known["compile"] else "float32")
     known["block_len"] = 16 if s.model == "block" else None
 
     for name, value in known.items():

@@ -28,7 +28,8 @@ def load(s, given, window, make_model):
     need(same, f"--tokenizer is that of {folder}; leave it out")
 
     with cli.one_line(ValueError, ImportError):
-        if (folder / "config.json").is_file():
+        is_run = (folder / "ckpt.pt").is_file()
+        if (folder / "config.json").is_file() and not is_run:
             model, tokenizer = from_llama(s, folder, window)
         else:
             model, tokenizer = from_run(s, folder, make_model)
