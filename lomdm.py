@@ -174,15 +174,16 @@ class Block(nn.Module):
         c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
         turns by f_j radians a position, so the product of the two begins as
 
-            c^2 sum_j cos(f_j (distance of key and query - d))
+            c^2 sum_j cos(f_j (position of key - position of query - d))
 
-        which is largest at the distance d. With c = 5 and 32 channels a head, a key there
-        weighs e^3 times one beside it. It is only the beginning: training may move it. The
-        other heads begin without, and find what is far."""
+        which is largest for the key at the distance d, the left neighbour if d is -1. Attention
+        divides it by the root of the channels a head. With c = 5 and 32 channels, that key
+        then weighs e^3 times one beside it. It is only the beginning: training may move it.
+        The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
-        for head, d in enumerate(distances):
+        for head, d in enumerate(distances):  # none of them, and there is no bias
             bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
             bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
             bias[1, head] = k
@@ -249,7 +250,9 @@ class Order(nn.Module):
         normsig   w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j))       the paper's
         exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     far steeper
 
-    With exp the largest weight may be e^16 times the smallest.
+    With normsig and the default c1 and c2, the largest weight may be 27 times the smallest,
+    with exp e^16 times. Subtracting the mean keeps the weights near c1 or 1, and with exp it
+    changes no order.
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
     It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
@@ -345,16 +348,17 @@ class LoMDM(nn.Module):
         # like, and logits() cuts off what is too much.
         self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
 
-        # The guess w_hat(z) is read off the features that predict the tokens. The weights w(x)
-        # are read off the clean text, by one more block. It sees the embeddings, so that the
-        # clean text need not go through the network.
+        # The papers call the two functions from texts to weights g and g_hat. The guess
+        # w_hat(z) is read off the features that predict the tokens. The weights w(x) are read
+        # off the clean text, by one more block. It sees the embeddings, so that the clean text
+        # need not go through the network. It has no dropout, as noise in w costs nats.
         self.g_hat = Order(config) if config.learn_order else Uniform()
         self.g = Order(config) if config.learn_order else Uniform()
         self.g_block = Block(config, dropout=0.0) if config.learn_order else None
 
         # As in GPT-2, the residual branches begin smaller, so that their sum keeps its scale.
         for name, p in self.named_parameters():
-            if name.endswith("score.weight"):
+            if name.endswith("score.weight"):  # of Order
                 nn.init.zeros_(p)
             elif name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -367,8 +371,8 @@ class LoMDM(nn.Module):
         # holds token i, and sees both sides.
         n = round(config.local_heads * config.n_head)
         if config.block_len == 1:
-            distances = [-i for i in range(n)]
-        else:
+            distances = [-i for i in range(n)]  # 0, -1, -2, ..
+        else:  # -1, 1, -2, 2, ..
             distances = [i // 2 + 1 if i % 2 else -(i // 2) - 1 for i in range(n)]
         for module in self.modules():
             if isinstance(module, Block):
@@ -464,9 +468,9 @@ class LoMDM(nn.Module):
         return F.log_softmax(self.logits(self.features(z)), dim=-1)
 
     def order_weights(self, x):
-        """w(x) (B, L): the weights of q, which sees the clean x up to the end of its block.
-        They do not shape the embeddings, hence detach(), as the gradient of an order is
-        noisy."""
+        """w(x) (B, L): the weights of q. That of a position comes from the clean x up to the end
+        of its block. They do not shape the embeddings, hence detach(), as the gradient of an
+        order is noisy."""
         tokens, pos, mask = self.inputs(x)
         h = (self.wte(tokens) + self.wpe(pos)).detach()
         if self.config.learn_order:
@@ -490,11 +494,13 @@ class LoMDM(nn.Module):
 
     def loss(self, x):
         """What training minimises, for x (B, L): a loss whose gradient counts, and a dict of
-        detached metrics. Report metrics["nelbo"], the bound (2) in nats per token.
+        detached metrics. Report metrics["nelbo"] (negative evidence lower bound), which is the
+        bound (2) in nats per token.
 
         Without a learned order, this is the six lines at the top of the file. With one,
         autograd cannot see how w changes which order is drawn. REINFORCE can: to the gradient
-        of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, so any
+        of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, as the
+        probabilities of all orders always sum to 1. So any
         number that does not depend on the order may be subtracted from this cost, and the mean
         stays as it is. So draw two orders for each text, at the same k, and subtract the cost
         of the other one:
@@ -693,11 +699,11 @@ def stratified_counts(B, n, K, generator=None, device=None):
     easy. That noise has nothing to do with the model. Without it the loss of a batch of 16
     texts, for a small trained model, scatters by 0.10 nats per token in place of 0.16.
 
-    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount. A
-    block that stands at the share s of the circle reveals s K positions, rounded down. The
-    blocks of one text stand far apart, so that each text has easy and hard ones. With B = 4,
-    n = 1 and K = 4 the shares are 0, 1/4, 1/2, 3/4 plus the turn, and k is 0, 1, 2, 3 in some
-    rotation."""
+    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount, here
+    turn / K places. A block that stands at the share s of the circle reveals s K positions,
+    rounded down. The blocks of one text stand far apart, so that each text has easy and hard
+    ones. With B = 4, n = 1 and K = 4 the shares are 0, 1/4, 1/2, 3/4 plus the turn, and k is
+    0, 1, 2, 3 in some rotation."""
     N = B * n
     row = torch.arange(B, device=device)[:, None]
     block = torch.arange(n, device=device)
@@ -795,25 +801,27 @@ def nll(model, h, x):
 # index, as in the papers, and not a power.)
 #
 # LoMDM takes alpha^i = 1 - t^{w_i}, so its rate A^i is w_i / t. All hidden positions share the
-# factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2: i
-# is hidden at time t with probability t^{w_i}, which is the probability that
-# Exponential(1) / w_i is more than -log t.
+# factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2,
+# in which the time is -log t and grows while t falls: i is hidden with probability t^{w_i},
+# which is the probability that it has not arrived, Exponential(1) / w_i > -log t.
 #
 # The model reveals at a rate of its own, A_hat^i = w_hat_i / t. So in each dt, backwards in
 # time, a coin with probability A dt says what the noise reveals, and one with A_hat dt what
-# the model does. The KL divergence of the two coins, to first order in dt, is
-# (A log(A / A_hat) - A + A_hat) dt. Added up over time,
+# the model does. Heads add A dt log(A / A_hat) to the KL divergence of the two coins, tails
+# (1 - A dt) log((1 - A dt) / (1 - A_hat dt)), which is (A_hat - A) dt to first order. Added up
+# over time,
 #
 #     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))             token    (5)
 #                            + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt         order
 #
 # Part of the order's cost compares *when* something is revealed. With W and W_hat the sums
-# over the hidden positions it is [W log(W / W_hat) - W + W_hat] / t, at least 0. When a token
-# came does not change the text, only the order in which tokens came does. So a bound need not
-# pay for times, and that part can go. What is left is (2), never larger. In jump_terms() that
-# part is `timing`, divided by W, for in dt there is a step with probability (W / t) dt:
+# over the hidden positions it is D / t with D = W log(W / W_hat) - W + W_hat, at least 0. When
+# a token came does not change the text, only the order in which tokens came does. So a bound
+# need not pay for times, and that part can go. What is left is (2), never larger. In
+# jump_terms() that part is `timing`, D / W, for in dt there is a step with probability
+# (W / t) dt:
 #
-#     int g / t dt  =  int (g / W) (W / t) dt  =  E [ sum over the steps of g / W ]
+#     int D / t dt  =  int (D / W) (W / t) dt  =  E [ sum over the steps of D / W ]
 #
 # Why not train on (5), at a random time? It has the weight w / t, which is large where t is
 # small. Something is hidden there with probability about t^w, so its square has a mean like
