@@ -500,10 +500,9 @@ class LoMDM(nn.Module):
         Without a learned order, this is the six lines at the top of the file. With one,
         autograd cannot see how w changes which order is drawn. REINFORCE can: to the gradient
         of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, as the
-        probabilities of all orders always sum to 1. So any
-        number that does not depend on the order may be subtracted from this cost, and the mean
-        stays as it is. So draw two orders for each text, at the same k, and subtract the cost
-        of the other one:
+        probabilities of all orders always sum to 1. So any number that does not depend on the
+        order may be subtracted from this cost, and the mean stays as it is. So draw two orders
+        for each text, at the same k, and subtract the cost of the other one:
 
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]

@@ -320,27 +320,43 @@ def passage(runs, a):
         pictures.write(a.svg, pictures.svg(passages))
 
 
+@torch.no_grad()
+def draw_order(run, x, generator):
+    """When each position of x (1, L) is written, (1, L): one draw from q."""
+    L = x.shape[1]
+    if isinstance(run.model, loa3.LoA3):
+        return run.model.order.draw(run.model.order.log_q_way(x), L, generator).argsort(-1)
+    if run.is_a3:
+        return a3.random_groups(1, L, 1, generator, x.device)
+
+    # A race in each block, and one block after another.
+    w = run.model.order_weights(x).view(-1, run.block_len)  # (n, K)
+    block = torch.arange(len(w), device=x.device)[:, None]
+    when = lomdm.race(w, generator).argsort(-1) + block * run.block_len
+    return when.view_as(x)
+
+
 def strips(runs, a):
-    """One text as each model would have it written, when 3/8 and 5/8 of it are revealed: by a race
-    with its own weights w, block after block."""
-    generator = torch.Generator(a.device).manual_seed(1)  # another race for each of them
+    """One text as each model would have it written, when 3/8 and 5/8 of it are revealed: in an
+    order that is drawn from its own q. The picture plays it."""
+    generator = torch.Generator(a.device).manual_seed(1)  # another order for each of them
+    lines = []
     for run in runs:
-        run.need_lomdm()
         L = run.val.shape[1]
         x = run.tokenizer.encode(a.text)[:L].astype("int64")
         x = torch.from_numpy(x)[None].to(a.device)  # (1, L)
         need(x.shape[1] == L, f"--text: at least {L} tokens, the window of {run.name}")
-        with torch.no_grad():
-            w = run.model.order_weights(x).view(-1, run.block_len)  # (n, K)
 
-        block = torch.arange(len(w), device=a.device)[:, None]
-        when = lomdm.race(w, generator).argsort(-1) + block * run.block_len  # (n, K)
+        when = draw_order(run, x, generator)[0].tolist()
         pieces = run.tokenizer.pieces(x[0].tolist())
-        written = list(zip(pieces, when.flatten().tolist(), strict=True))
+        written = list(zip(pieces, when, strict=True))
         name = os.path.basename(run.name)
+        lines.append((name, written))
         for k in (3 * L // 8, 5 * L // 8):
             print(f"{name:14}" + "".join(c if at < k else "·" * len(c) for c, at in written))
             name = ""
+    if a.svg:
+        pictures.write(a.svg, charts.writing(lines))
 
 
 # ---- a text of one's own -------------------------------------------------------------------------
@@ -390,7 +406,7 @@ COMMANDS = {  # what each takes besides out_dirs
     samples: ("judge", "samples"),
     order: ("svg",),
     passage: ("svg",),
-    strips: ("text",),
+    strips: ("text", "svg"),
     perplexity: ("val_data",),
     films.rows: (),
     films.films: ("samples",),

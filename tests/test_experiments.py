@@ -3,7 +3,9 @@ against figures by hand, and the commands as their users meet them."""
 
 import itertools
 import math
+import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import oracle
 import pytest
@@ -264,6 +266,28 @@ def test_strips_reveal_what_they_say(at_runs, capsys):
     assert arm == "to be " + "·" * 10 and arm_later == "to be or n" + "·" * 6
     assert blocks[:4] == "to b" and blocks.count("·") == 10 and blocks[8:] == "·" * 8
     assert later[:8] == "to be or" and later.count("·") == 6
+
+
+def test_a_picture_that_writes(at_runs, runs):
+    """Each character appears at the moment of its call, all are there at the end, and where
+    nothing moves."""
+    evidence.main(["strips", "arm", "loa3", "--text", "to be or not to be", "--svg", "w.svg"])
+    source = Path("w.svg").read_text()
+    ns = "{http://www.w3.org/2000/svg}"
+    cells = [e for e in ET.fromstring(source).iter(f"{ns}text") if e.get("class").startswith("k")]
+    arm, loa3 = cells[:16], cells[16:]
+    assert [e.get("class") for e in arm] == [f"k{i}" for i in range(16)]
+    assert sorted(e.get("class") for e in loa3) == sorted(e.get("class") for e in arm)
+    assert "".join(e.text for e in arm) == "to be or not to ".replace(" ", "\u00a0")
+
+    shows = re.findall(
+        r"@keyframes k(\d+)\{0%,[\d.]+%\{opacity:0\}([\d.]+)%,to\{opacity:1\}\}", source
+    )
+    assert [int(k) for k, _ in shows] == list(range(16))
+    moments = [float(percent) * (16 * 0.14 + 3) / 100 for _, percent in shows]
+    assert moments == pytest.approx([0.14 * (k + 1) for k in range(16)], abs=1e-3)
+    still, moving = source.split("@media(prefers-reduced-motion")
+    assert "opacity" not in still and "animation" in moving
 
 
 @pytest.mark.parametrize(
