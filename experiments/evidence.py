@@ -263,6 +263,26 @@ def samples(runs, a):
             print(f"{run.name:16} {how:8} {n:6}   {own} {opinion(judge, x):15} {variety:9.4f}")
 
 
+def groups(runs, a):
+    """What the validation text costs an A3 in random groups of so many tokens, exactly, and what an
+    ARM says of texts that it draws so many at a time."""
+    judge = judge_of(a, runs)
+    for run in runs:
+        need(run.is_a3, f"{run.name} holds no A3; this is about its groups")
+        L = run.val.shape[1]
+        z = torch.full((a.samples, L), run.model.mask_id, device=a.device)
+        for size in (1, 2, 4, 8):
+            cost = run.over_windows(
+                lambda model, x, g, size=size: model.nelbo(
+                    x, order="random", size=size, generator=g
+                )
+            )
+            g = torch.Generator(a.device).manual_seed(3)
+            x, _ = run.model.sample(z, per_step=size, by="random", generator=g)
+            variety = entropy(x, run.tokenizer.size)
+            print(f"{run.name} {size} {shown(cost / L)} {opinion(judge, x)} {variety:.4f}")
+
+
 # ---- the order -----------------------------------------------------------------------------------
 CLASSES = {
     "line end": lambda c: c == "\n",
@@ -404,6 +424,7 @@ COMMANDS = {  # what each takes besides out_dirs
     decoders: (),
     variance: ("draws",),
     samples: ("judge", "samples"),
+    groups: ("judge", "samples"),
     order: ("svg",),
     passage: ("svg",),
     strips: ("text", "svg"),

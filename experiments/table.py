@@ -117,6 +117,7 @@ MEASURE = {
     "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
     "variance": f"evidence variance {of('mdm lomdm')}",
     "samples": f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}",
+    "groups": f"evidence groups {of('a3 a3_groups', TWO)} --judge {of('arm', (2,))}",
     "infill": "evidence infill " + of("arm block16 mdm lomdm lomdm_exp loa3 share01 a3"),
     "decoders": f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 200",
     "page": f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "

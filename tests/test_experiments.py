@@ -297,6 +297,7 @@ def test_a_picture_that_writes(at_runs, runs):
         ("order loa3 lomdm blocks --svg o.svg", "line end 0."),
         ("passage loa3 lomdm --svg p.svg", "--- sample 1"),
         ("samples lomdm mdm --judge arm --samples 4", "mdm              uniform      16"),
+        ("groups a3 loa3 --judge arm --samples 4", "loa3 8 "),
         ("infill a3 loa3 mdm blocks", "in gaps of 4 (bound)"),
         ("infill arm --windows 1", "in gaps of 4 (exact)"),
         ("variance mdm lomdm --draws 3", "times   loss"),
