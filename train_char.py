@@ -141,6 +141,7 @@ PRESETS = {"small": SMALL, "film": SMALL | FILM, "base": SMALL | BASE, "gpt2": S
 SIZES = "seq_len", "n_layer", "n_head", "n_embd"
 BLOCKS = "block lomdm lomdm-by-time"
 ORDERS = "lomdm lomdm-by-time"
+COUNTS = "mdm block lomdm"
 
 
 @dataclass
@@ -172,6 +173,7 @@ class Settings:
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
     c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
+    middle_steps: bool = flag(True, "train more on the middle of an order", only=COUNTS)
     group_size: int = flag(1, "in stage 3, drawn for each text: 1 to this", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")

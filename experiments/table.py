@@ -53,6 +53,8 @@ LONG = (
     f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 --eval_interval 1000"
 )
 
+PLAIN = "--local_heads 0 --middle_steps False"
+
 # LoMDM reads each text in two orders, so it gets half as many texts.
 HALF = "--batch_size 8"
 
@@ -83,8 +85,10 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("early_", "lomdm", THREE, f"{CPU} --max_iters 800 --eval_interval 400"),
     ("film_", "arm mdm loa3", THREE, f"{FILM} automaton --batch_size 64"),
     ("film_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} automaton --batch_size 32"),
-    ("plain_", "arm mdm block16 a3 loa3", TWO, f"{SMALL} --local_heads 0"),
-    ("plain_", "lomdm", TWO, f"{SMALL} {HALF} --local_heads 0"),
+    ("plain_", "arm a3 loa3", TWO, f"{SMALL} --local_heads 0"),
+    ("plain_", "mdm block16", TWO, f"{SMALL} {PLAIN}"),
+    ("plain_", "lomdm", TWO, f"{SMALL} {HALF} {PLAIN}"),
+    ("uniform_", "mdm", TWO, f"{SMALL} --middle_steps False"),
     ("time_", "lomdm", THREE, f"{CPU} {HALF} --max_iters 2600 --eval_interval 250"),
     ("both_", "arm loa3", TWO, f"{FILM} automaton-both --batch_size 64"),
     ("", "stages stage3 a3_groups mdm_by_time", TWO, SMALL),
@@ -112,8 +116,7 @@ MEASURE = {
     "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
     "orders": f"evidence passage {of('loa3 film_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
-    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp loa3')} "
-    f"--svg {PICTURES}/hero.svg",
+    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp loa3')} --svg {PICTURES}/hero.svg",
     "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
     "variance": f"evidence variance {of('mdm lomdm')}",
     "samples": f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}",
