@@ -117,6 +117,8 @@ MEASURE = {
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
     "orders": f"evidence passage {of('loa3 film_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
     "strips": f"evidence strips {of('arm block16 mdm lomdm_exp loa3')} --svg {PICTURES}/hero.svg",
+    "masks": f"ideas masks --svg {PICTURES}/masks.svg",
+    "heads": f"ideas heads {of('mdm')} --svg {PICTURES}/heads.svg",
     "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
     "variance": f"evidence variance {of('mdm lomdm')}",
     "samples": f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}",

@@ -15,7 +15,7 @@ import lomdm
 import plumbing.films
 import train_char
 from beyond.decoders import decoder_log_prob
-from experiments import bench, evidence, films, speed
+from experiments import bench, evidence, films, ideas, speed
 from experiments.runs import Run, mean_error
 from plumbing.cli import UserError
 
@@ -374,3 +374,40 @@ def test_mistakes(at_runs, argv, message):
 def test_mistakes_of_bench_and_speed(at_runs, main, argv, message):
     with pytest.raises(UserError, match=message):
         main(argv.split())
+
+
+# ---- pictures of ideas ---------------------------------------------------------------------------
+def test_who_sees_whom_by_hand(tmp_path, capsys):
+    """The tables at the top of lomdm.py and a3.py, from their code."""
+    drawn = lambda mask: ["".join(".#"[cell] for cell in row) for row in mask.tolist()]  # noqa: E731
+    assert drawn(ideas.mask_of(4, 1)) == ["#...", "##..", "###.", "####"]
+    assert drawn(ideas.mask_of(4, 2)) == ["##..", "##..", "####", "####"]
+    assert drawn(ideas.mask_of(4, 4)) == 4 * ["####"]
+    content, query = ideas.masks_of_a3([1, 0, 2, 0])
+    assert drawn(content) == ["#....", "###.#", "#.#.#", "#####", "#.#.#"]
+    assert drawn(query) == ["#.#.#", "#....", "###.#", "#...."]
+
+    ideas.main(["masks", "--svg", str(tmp_path / "m.svg")])
+    source = (tmp_path / "m.svg").read_text()
+    assert ET.fromstring(source) is not None
+    assert source.count('class="sees"') == 36 + 48 + 64 + 16 + 9
+    assert "A3, queries" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_where_heads_look(at_runs, runs, capsys):
+    """The shares of attention are those of the model's own attention, and add up to 1 over all
+    distances. Fresh local heads look at their neighbours."""
+    model = lomdm.LoMDM(lomdm.Config(5, 7, 2, 4, 64))
+    z = torch.randint(5, (3, 7))
+    found = ideas.attention(model, z)  # all distances of 7 places are within 6
+    places = 7 - torch.arange(-6, 7).abs()
+    torch.testing.assert_close((found * places).sum(-1), torch.full((2, 4), 7.0))
+    assert (found[0].argmax(-1)[:2] - 6).tolist() == [-1, 1]
+
+    ideas.main(["heads", "mdm", "--svg", "h.svg"])
+    out = capsys.readouterr().out
+    assert re.search(r"^mdm before layer 1: -1 ", out) and "mdm after layer 1: " in out
+    ET.parse("h.svg")
+    with pytest.raises(UserError, match="a3 holds an A3"):
+        ideas.main(["heads", "a3"])

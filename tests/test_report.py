@@ -16,7 +16,7 @@ import pytest
 
 import sample
 import train_char
-from experiments import bench, evidence, report, run_all, speed, table
+from experiments import bench, evidence, ideas, report, run_all, speed, table
 from plumbing import cli
 from plumbing.cli import Stopped, UserError
 
@@ -126,7 +126,8 @@ def test_every_command_parses_and_no_name_is_there_twice():
         elif argv[0] == "experiments.bench":
             cli.check(bench.Settings(**cli.parse(bench.Settings, argv[1:], "")))
         else:
-            {"evidence": evidence, "speed": speed}[argv[0][12:]].parse(argv[1:])
+            modules = {"evidence": evidence, "speed": speed, "ideas": ideas}
+            modules[argv[0][12:]].parse(argv[1:])
 
 
 # ---- figures, by hand ----------------------------------------------------------------------------
