@@ -60,7 +60,7 @@ FORMS = {"plain_": ", plain", "uniform_": ", all steps alike"}
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
     name = re.sub(r"_s\d+$", "", name)
-    prefix = re.match(r"((plain|uniform|early|time|film|both|long|base|gpt2)_)?", name)[0]
+    prefix = re.match(r"((plain|uniform|early|time|film_long|both|long|base|gpt2)_)?", name)[0]
     name = name.removeprefix(prefix)
     return LABELS.get(name, name) + FORMS.get(prefix, "")
 
