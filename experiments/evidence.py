@@ -17,6 +17,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
 Standard errors are over windows of the validation split.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -178,13 +179,16 @@ def decoders(runs, a):
 
 # ---- orders against times ------------------------------------------------------------------------
 def variance(runs, a):
-    """The two estimators on the same 16 windows, many draws each: the standard deviation of the
-    loss, and the noise of the gradient, E |g - E g|^2 / |E g|^2."""
+    """Three estimators on the same 16 windows, many draws each: the standard deviation of the
+    estimate of the bound, and the noise of the gradient, E |g - E g|^2 / |E g|^2. They are at
+    random places of an order, at random times, and at places more often in the middle, as in
+    training. The gradient of the last is not that of the bound."""
     for run in runs:
         run.need_lomdm()
         x = run.val[:: max(1, len(run.val) // 16)][:16]
-        for how, cls in (("orders", lomdm.LoMDM), ("times", lomdm.ByTime)):
-            model = cls(run.model.config).to(a.device).eval()
+        for how, cls in (("orders", lomdm.LoMDM), ("times", lomdm.ByTime), ("middle", lomdm.LoMDM)):
+            config = dataclasses.replace(run.model.config, middle_steps=how == "middle")
+            model = cls(config).to(a.device).eval()
             model.load_state_dict(run.model.state_dict())
 
             loss, noise = noise_of(model, x, a.draws)
