@@ -12,7 +12,7 @@ others have to find. What a text costs at least, by the way it is made:
     scrambled   films whose cells changed places, all in one way      16 ln 2         11.0904
     marked      films scrambled in one of four ways, and a mark       16 ln 2 + ln 4  12.4766
                 that tells which
-    star        edges in random order of a star with four arms, two   see star()
+    star        edges in random order of a star with four arms, two   see star()    47.0756
                 names, and the path between them from its centre
     sudoku      a 4 x 4 sudoku, filled in                             ln 288           5.6630
 
@@ -79,7 +79,7 @@ def marked(n, seed):
 def star(n, seed):
     """Names are drawn without repetition: the centre, and those of four arms of three. The twelve
     edges are shuffled. Then comes the end of one arm, and the path to it. The path is no choice, so
-    a text costs ln(16! / 3!) + ln 12! + ln 4 nats, less ln 4! as the arms have no numbers: 47.0756."""
+    a text costs ln(16! / 3!) + ln 12! + ln 4 nats, less ln 4! as the arms have no numbers."""
     g = np.random.default_rng(seed)
     for _ in range(n):
         names = [NAMES[i] for i in g.permutation(len(NAMES))[: 1 + ARMS * LONG]]
