@@ -42,10 +42,10 @@ def cut(sentences, tokenizer):
     return Story(*(tokenizer.encode(part).tolist() for part in parts))
 
 
-def choose(rows, tokenizer, most, seed=1):
-    """`most` stories that fit into a window, the same for everyone."""
+def choose(rows, tokenizer, seed=1):
+    """The stories that fit into a window, in an order that is the same for everyone."""
     rows = [row["sentences"] for row in random.Random(seed).sample(rows, len(rows))]
-    return [row for row in rows if sum(map(len, cut(row, tokenizer)[:3])) <= WINDOW - 2][:most]
+    return [row for row in rows if sum(map(len, cut(row, tokenizer)[:3])) <= WINDOW - 2]
 
 
 def with_gap(scorer, story):
@@ -157,11 +157,12 @@ def infill(a):
     from plumbing.tokenizers import HuggingFace
 
     tokenizer = HuggingFace.at(a.folders[0])
-    rows = choose(read_lines(Path(a.data, "stories.jsonl")), tokenizer, a.items)
+    stories = choose(read_lines(Path(a.data, "stories.jsonl")), tokenizer)
+    rows = stories[: a.items]
     found = {}
     for folder in a.folders:
         name = Path(folder).name
         path = Path(a.out, f"{name}_stories.jsonl")
-        header = header_of(folder, "stories", rows)
+        header = header_of(folder, "stories", stories)
         found[name] = going_on(path, header, rows, work_of(folder, a.device), name)
     table(rows, found)

@@ -25,7 +25,8 @@ seen them. LAMBADA, ROCStories, HellaSwag with answers, TriviaQA are in no packa
 
 ask takes a LLaMA first, which answers by the harness's own hf model, then as an A3 from left to
 right, which is the same. After it come runs of train_char.py, which answer in three orders. All
-get the same items. An answer is a line in --out, so the same command goes on where it was stopped.
+get the same items. An answer is a line in --out, so the same command goes on where it was stopped,
+and so does one with more --items. infill shows what experiments/stories.py says.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ import re
 import string
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
-from itertools import combinations
+from itertools import chain, combinations, zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
@@ -61,22 +62,26 @@ def read_lines(path):
         return [json.loads(line) for line in f]
 
 
-def choose(items, tokenizer, most, seed=1):
-    """`most` of the items, the same for everyone, whose longest text fits into a window beside two
-    tokens that some models begin with."""
+def choose(items, tokenizer, seed=1):
+    """The items in an order that is the same for everyone, but for those whose longest text does
+    not fit into a window, beside two tokens that some models begin with."""
     chosen = []
     for item in random.Random(seed).sample(items, len(items)):
         longest = max(item.get("choices", [""]), key=len)
         room = WINDOW - 2 - packages.WRITE["max_gen_toks"] * ("answers" in item)
-        if len(chosen) < most and len(tokenizer.encode(f"{item['context']} {longest}")) <= room:
+        if len(tokenizer.encode(f"{item['context']} {longest}")) <= room:
             chosen.append(item)
     return chosen
 
 
-def questions(data, tokenizer, most):
-    """[(task, item)], `most` of each task."""
-    tasks = {name: read_lines(Path(data, f"{name}.jsonl")) for name in packages.TASKS}
-    return [(name, item) for name in tasks for item in choose(tasks[name], tokenizer, most)]
+def questions(data, tokenizer):
+    """Rounds of [(task, item), ..], one item of each task: so more rounds go on with the same, and
+    what is broken off is there for all tasks alike."""
+    chosen = []
+    for name in packages.TASKS:
+        items = read_lines(Path(data, f"{name}.jsonl"))
+        chosen.append([(name, item) for item in choose(items, tokenizer)])
+    return [[one for one in several if one] for several in zip_longest(*chosen)]
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -118,11 +123,11 @@ def going_on(path, header, units, work, name):
         for unit in tqdm(units[done:], name, len(units), initial=done, disable=None):
             f.write(json.dumps(work(unit)) + "\n")
             f.flush()
-    return read_lines(path)[1:]
+    return read_lines(path)[1 : 1 + len(units)]
 
 
 def header_of(folder, by, units):
-    """What answers depend on: the model, the rule, the code, and what was asked."""
+    """What answers depend on: the model, the rule, the code, and all that may be asked."""
     is_run = Path(folder, "ckpt.pt").is_file()
     state = Path(folder, "ckpt.pt" if is_run else "model.safetensors").stat()
     code = checkpoint.code_digest([m.__file__ for m in (a3, llama, harness, packages)] + [__file__])
@@ -231,12 +236,13 @@ def answering(folder, by, device):
 
 def ask(a):
     """All questions to all models."""
-    asked = questions(a.data, HuggingFace.at(a.folders[0]), a.items)
+    rounds = questions(a.data, HuggingFace.at(a.folders[0]))
+    asked = list(chain.from_iterable(rounds[: a.items]))
     found = {}
     for folder, by in models(a.folders):
         name = f"{Path(folder).name} {by}"
         path = Path(a.out, f"{Path(folder).name}_{by}.jsonl")
-        header = header_of(folder, by, asked)
+        header = header_of(folder, by, rounds)
         work = answering(folder, by, a.device)
         found[Path(folder).name, by] = going_on(path, header, asked, work, name)
     table(asked, found)
