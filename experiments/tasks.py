@@ -140,7 +140,6 @@ def models(folders):
     """[(folder, rule)]: a LLaMA by the harness and from left to right, runs in three orders."""
     for folder in folders:
         is_llama = Path(folder, "config.json").is_file()
-        need(is_llama or Path(folder, "ckpt.pt").is_file(), f"{folder} holds no LLaMA and no run")
         for by in ("hf", "left") if is_llama else RUN_ORDERS:
             yield folder, by
 
@@ -296,6 +295,9 @@ def parse(argv):
     asks = a.command in ("ask", "infill")
     is_llama = a.folders and Path(a.folders[0], "config.json").is_file()
     need(not asks or is_llama, f"{a.command}: name a LLaMA first, such as data/{packages.MODEL}")
+    for folder in a.folders[1:] if asks else ():
+        there = Path(folder, "ckpt.pt").is_file()
+        need(there, f"{folder} holds no run; train one with --init_from {a.folders[0]}")
     a.device = cli.pick_device(a.device)
     return a
 

@@ -169,7 +169,7 @@ def test_the_surest_first_is_what_a_walk_by_hand_takes(folder, name):
         groups = torch.tensor([6 * [-1] + 3 * [3]])
         while len(order) < 3:
             top = s.model(x[None], groups)[0, 6:].softmax(-1).amax(-1)
-            order.append(max(set(range(3)) - {*order}, key=lambda i: top[i]))  # noqa: B023
+            order.append(max(set(range(3)) - {*order}, key=lambda i: top[i]))
             groups[0, 6 + order[-1]] = len(order) - 1
         [(log_p, _)] = s.log_likelihoods([(x[:6].tolist(), x[6:].tolist())])
         close(log_p, by_hand(s.model, x, order, 3))
