@@ -13,6 +13,7 @@ an end of text. The harness's hf model has a start token with add_bos_token=True
 """
 
 import os
+import zlib
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def groups_of(model, x, gap, by, generator):
 
 
 class Scorer:
-    """A model, and its tokenizer. Here a text is a list of tokens. Every call draws with the same
-    seed, so that no answer depends on what was asked before."""
+    """A model, and its tokenizer. Here a text is a list of tokens. No answer depends on what was
+    asked before, so that what is broken off may go on."""
 
     def __init__(self, folder, device="cpu", by="left", draws=4, seed=1337):
         if Path(folder, "config.json").is_file():
@@ -85,8 +86,10 @@ class Scorer:
         self.seed = seed
         self.has_cut = False
 
-    def generator(self):
-        return torch.Generator(self.device).manual_seed(self.seed)
+    def generator(self, x):
+        """For draws about x (B, L). They follow from the seed and these tokens."""
+        number = zlib.crc32(repr(x.tolist()).encode(), self.seed)  # of 32 bits, as torch uses
+        return torch.Generator(self.device).manual_seed(number)
 
     def encode(self, text):
         return self.tokenizer.encode(text).tolist()
@@ -119,7 +122,7 @@ class Scorer:
         pairs (context, more). For random orders the mean of several."""
         x, gap = self.place(pairs)
         x, gap = (v.repeat_interleave(self.draws, dim=0) for v in (x, gap))
-        groups = groups_of(self.model, x, gap, self.by, self.generator())
+        groups = groups_of(self.model, x, gap, self.by, self.generator(x))
 
         h = a3.sorted_features(self.model, x, groups, single=True)
         log_p = self.model.logits(h[gap]).log_softmax(-1)  # (n, V), row by row
@@ -135,7 +138,7 @@ class Scorer:
         """n tokens that follow a context, and their text."""
         context = self.fit(context, n)
         x, gap = self.place([(context, [self.model.mask_id] * n)])
-        how = dict(by=self.by, top_p=top_p, generator=self.generator())
+        how = dict(by=self.by, top_p=top_p, generator=self.generator(x))
         x, _ = self.model.sample(x, temperature, **how)
         return self.text(context, x[gap].tolist())
 

@@ -63,7 +63,7 @@ def costs(scorer, story, is_arm):
     x, gap = with_gap(scorer, story)
     rows = {"left": 1, "random": ORDERS, "before": 1}
     found = {
-        by: gap_cost(scorer.model, x.expand(n, -1), scorer.generator(), gap, by).mean().item()
+        by: gap_cost(scorer.model, x.expand(n, -1), scorer.generator(x), gap, by).mean().item()
         for by, n in rows.items()
     }
     if is_arm:
@@ -77,7 +77,7 @@ def costs(scorer, story, is_arm):
 def fill(scorer, story, by, m):
     """The text of a middle drawn by a rule, m tokens a call or m drafts, and the calls it took."""
     x, gap = with_gap(scorer, story)
-    how = dict(top_p=0.9, generator=scorer.generator())
+    how = dict(top_p=0.9, generator=scorer.generator(x))
     z = x.masked_fill(gap, scorer.model.mask_id)
     if by == "drafts":
         groups = torch.where(gap, gap.cumsum(0) - 1, -1)[None]

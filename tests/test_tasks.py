@@ -394,6 +394,15 @@ def test_costs_are_what_each_side_allows(folder):
     assert abs(got["left"] - got["before"]) > 0.01 and got["random"] != got["left"]
     assert x[0, gap].tolist() == story.middle
 
+    drawn = stories.draws(scorer, story, is_arm=True)
+    for how, context in (("before", story.before), ("told", story.told)):
+        assert drawn[how] == (scorer.write(context, n, 1.0, top_p=0.9), n)
+    assert drawn["before"] != drawn["told"]
+
+    # Two stories are drawn from by other random numbers.
+    one, other = (scorer.generator(torch.tensor([[i, 2]])).initial_seed() for i in (1, 3))
+    assert one != other
+
 
 def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
     ask(folder, made, tmp_path, names=("llama", "adapted"), command="infill")
@@ -421,6 +430,7 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
     [
         ("ask", "ask: name a LLaMA first, such as data/SmolLM2-135M-Instruct"),
         ("infill runs/none", "infill: name a LLaMA first"),
+        ("all --data elsewhere", "all: what table.py lists reads data/tasks; leave --data out"),
         ("ask {llama} --items 1", "--items must be at least 2"),
         ("ask {llama} {llama}/no", "no holds no run; train one with --init_from"),
         ("ask {llama} --data nowhere", "nowhere.piqa.jsonl; make it: python -m experiments.tasks"),
