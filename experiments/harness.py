@@ -1,54 +1,72 @@
 """
-A model on the tasks of lm-evaluation-harness (pip install lm_eval).
+An A3 on the tasks of lm-evaluation-harness (pip install lm_eval).
 
     python -m experiments.harness runs/a3 --tasks hellaswag,piqa --limit 100
-    python -m experiments.harness SmolLM2 --tasks mine --include_path DIR
+    python -m experiments.harness SmolLM2 --tasks tasks_piqa --include_path data/tasks
+    python -m experiments.harness runs/a3 --tasks piqa --by confidence
 
 The folder is an out_dir of train_char.py, or a LLaMA in Hugging Face's format, which becomes an A3.
-A3 and the ARM say exactly what a continuation costs, left to right. The others bound it: the order
-is drawn over the continuation alone, and what may come after it stays hidden. A text begins with
-the model's own start token, and where documents were separate in training behind an end of text.
-The harness's hf model has a start token with add_bos_token=True. Texts are read one at a time.
+What a continuation costs is exact, given its context. Its tokens come from left to right, or by
+another rule: at random, which is the mean of several orders, or where the model is surest first.
+A text begins with the model's own start token, and where documents were separate in training behind
+an end of text. The harness's hf model has a start token with add_bos_token=True.
 """
 
 import os
+import zlib
 from argparse import RawDescriptionHelpFormatter
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 import a3
 from beyond import llama
-from experiments.evidence import gap_cost
 from plumbing import checkpoint, cli
 from plumbing.cli import UserError, need
 from plumbing.tokenizers import HuggingFace, tokenizer_of
 from train_char import make_model
 
+ORDERS = "left", "random", "confidence", "entropy", "margin"
+
 
 # ---- what a continuation costs -------------------------------------------------------------------
-def is_greedy(model, x, gap):
-    """Whether a model of lomdm.py fills the gap of x (L,) like that: the place of the largest w_hat
-    first, always with the likeliest token. Ends where it differs, so that x is what it sees."""
-    z = x.masked_fill(gap, model.mask_id)
-    todo = gap.clone()
-    b = torch.arange(len(x), device=x.device) // min(len(x), model.config.block_len)
-    while todo.any():
-        h = model.features(z[None])
-        w_hat = model.g_hat(h)[0]  # (L,)
-        i = (w_hat * (todo & (b == b[todo][0]))).argmax()
-        if model.logits(h[0, i]).argmax() != x[i]:
-            return False
-        z[i] = x[i]
-        todo[i] = False
-    return True
+def surest_first(model, x, gap, by):
+    """The step (B, L) at which decoding by that rule fills each position of the gap (B, L), if it
+    is to write x (B, L). What is before the gap is given, and what is behind it is not there."""
+    L = x.shape[1]
+    is_given = gap.cumsum(1) == 0
+    revealed_at = torch.where(is_given, -1, L)  # L: still open
+    read = a3.Cache(model, x)
+
+    for step in range(int(gap.sum(1).max())):
+        at, real = a3.pack(gap & (revealed_at == L))  # (B, m); shorter rows are padded
+        score = model.score(read(x, revealed_at, at), at, by, None).masked_fill(~real, -torch.inf)
+        best = score.argmax(dim=1, keepdim=True)
+        at, real = at.gather(1, best), real.gather(1, best)
+        revealed_at.scatter_(1, at, torch.where(real, step, revealed_at.gather(1, at)))
+    return revealed_at
+
+
+def groups_of(model, x, gap, by, generator):
+    """Groups (B, L) of one token: from left to right, but by that rule inside of the gap (B, L)."""
+    place = torch.arange(x.shape[1], device=x.device).expand_as(x).double()
+    if by == "left":
+        return place.long()
+    if by == "random":
+        when = torch.rand(x.shape, generator=generator, device=x.device).double()
+    else:
+        when = surest_first(model, x, gap, by) / x.shape[1]  # below 1
+
+    # All of the gap belongs between its first position and the next.
+    first = gap.int().argmax(dim=1, keepdim=True)
+    return torch.where(gap, first + when, place).argsort(dim=1).argsort(dim=1)
 
 
 class Scorer:
-    """A model, and its tokenizer. Here a text is a list of tokens."""
+    """A model, and its tokenizer. Here a text is a list of tokens. No answer depends on what was
+    asked before, so that what is broken off may go on."""
 
-    def __init__(self, folder, device="cpu", draws=16, seed=1337):
+    def __init__(self, folder, device="cpu", by="left", draws=4, seed=1337):
         if Path(folder, "config.json").is_file():
             with cli.one_line(ValueError, ImportError):
                 self.model = llama.from_pretrained(folder, positions=False).to(device)
@@ -56,16 +74,22 @@ class Scorer:
             self.begin = []
         else:
             ckpt, self.model = checkpoint.load(Path(folder) / "ckpt.pt", make_model, device)
+            is_a3 = isinstance(self.model, a3.A3)
+            need(is_a3, f"{folder} holds {ckpt['model_name']}; this is for a3 and loa3")
             self.tokenizer = tokenizer_of(**ckpt["tokenizer"])
             self.begin = [self.tokenizer.end] if ckpt.get("separate") else []
         self.model.eval()
-        self.is_a3 = isinstance(self.model, a3.A3)
         self.window = self.model.config.seq_len
-        self.block = 1 if self.is_a3 else self.model.config.block_len
         self.device = device
-        self.draws = draws
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.by = by
+        self.draws = draws if by == "random" else 1
+        self.seed = seed
         self.has_cut = False
+
+    def generator(self, x):
+        """For draws about x (B, L). They follow from the seed and these tokens."""
+        number = zlib.crc32(repr(x.tolist()).encode(), self.seed)  # of 32 bits, as torch uses
+        return torch.Generator(self.device).manual_seed(number)
 
     def encode(self, text):
         return self.tokenizer.encode(text).tolist()
@@ -79,43 +103,51 @@ class Scorer:
             print(f"contexts longer than the window of {self.window} tokens are cut on the left")
         return context[max(0, len(context) - room) :]
 
-    def place(self, context, more):
-        """x (L,), and where `more` is, (L,) bool. It ends with a whole block, in [MASK]s: a
-        diffusion model has only seen windows of that length."""
-        ids = [*context, *more]
-        ids += [self.model.mask_id] * (-len(ids) % self.block)
-        x = torch.tensor(ids, dtype=torch.long, device=self.device)
-        at = torch.arange(len(x), device=self.device) - len(context)
-        return x, (at >= 0) & (at < len(more))
+    def place(self, pairs):
+        """Contexts and continuations side by side: x (B, L), padded behind, and where the
+        continuations are, (B, L) bool."""
+        pairs = [(self.fit(context, len(more)), more) for context, more in pairs]
+        L = max(len(context) + len(more) for context, more in pairs)
+        x = torch.zeros(len(pairs), L, dtype=torch.long)
+        gap = torch.zeros(len(pairs), L, dtype=torch.bool)
+        for row, (context, more) in enumerate(pairs):
+            n = len(context)
+            x[row, : n + len(more)] = torch.tensor([*context, *more])
+            gap[row, n : n + len(more)] = True
+        return x.to(self.device), gap.to(self.device)
 
     @torch.no_grad()
-    def log_likelihood(self, context, more):
-        """log p(more | context) in nats, and whether it is what the model would write."""
-        x, gap = self.place(self.fit(context, len(more)), more)
-        if self.block > 1:
-            costs = gap_cost(self.model, x.expand(self.draws, -1), self.generator, gap)
-            return -costs.mean().item(), is_greedy(self.model, x, gap)
+    def log_likelihoods(self, pairs):
+        """[(log p(more | context) in nats, whether each token is the likeliest in its turn)] of
+        pairs (context, more). For random orders the mean of several."""
+        x, gap = self.place(pairs)
+        x, gap = (v.repeat_interleave(self.draws, dim=0) for v in (x, gap))
+        groups = groups_of(self.model, x, gap, self.by, self.generator(x))
 
-        if self.is_a3:
-            logits = self.model(x[None], a3.chunk_groups(1, len(x), device=x.device))
-        else:
-            logits = self.model.log_probs(x[None])
-        log_p = logits[0, gap].log_softmax(-1)  # (n, V)
+        h = a3.sorted_features(self.model, x, groups, single=True)
+        log_p = self.model.logits(h[gap]).log_softmax(-1)  # (n, V), row by row
         target = x[gap]
-        cost = log_p.gather(1, target[:, None]).double().sum().item()
-        return cost, bool((log_p.argmax(-1) == target).all())
+        is_top = log_p.argmax(-1) == target
+        log_p = log_p.gather(1, target[:, None])[:, 0].double()
 
-    def rolling(self, text):
-        """log p(text). A text of several windows: each sees a token or more of those before."""
-        total = 0.0
-        first = len(self.begin)
-        text = self.begin + text
-        cuts = [first, *range(self.window, len(text), max(1, self.window - 1)), len(text)]
-        for begin, end in pairwise(cuts):
-            if begin < end:
-                context = text[max(0, end - self.window) : begin]
-                total += self.log_likelihood(context, text[begin:end])[0]
-        return total
+        sizes = [n * self.draws for n in map(len, [more for _, more in pairs])]
+        parts = zip(log_p.split(sizes), is_top.split(sizes), strict=True)
+        return [(part.sum().item() / self.draws, bool(top.all())) for part, top in parts]
+
+    def write(self, context, n, temperature=0.0, top_p=None):
+        """n tokens that follow a context, and their text."""
+        context = self.fit(context, n)
+        x, gap = self.place([(context, [self.model.mask_id] * n)])
+        how = dict(by=self.by, top_p=top_p, generator=self.generator(x))
+        x, _ = self.model.sample(x, temperature, **how)
+        return self.text(context, x[gap].tolist())
+
+    def text(self, context, ids):
+        """The text of tokens up to their end. A word may begin with a space that shows only behind
+        another."""
+        if self.tokenizer.end in ids:
+            ids = ids[: ids.index(self.tokenizer.end)]
+        return "".join(self.tokenizer.pieces([*context, *ids])[len(context) :])
 
     def continuation(self, text, how):
         """What is written after a text, by the settings of the harness: at most half a window, up
@@ -125,15 +157,7 @@ class Scorer:
         if not how.get("do_sample", temperature > 0):
             temperature = 0.0
 
-        context = self.fit(self.begin + self.encode(text), n)
-        z, gap = self.place(context, [self.model.mask_id] * n)
-        x, _ = self.model.sample(z[None], temperature, generator=self.generator)
-        ids = x[0, gap].tolist()
-        if self.tokenizer.end in ids:
-            ids = ids[: ids.index(self.tokenizer.end)]
-
-        # A word may begin with a space that shows only behind another.
-        written = "".join(self.tokenizer.pieces([*context, *ids])[len(context) :])
+        written = self.write(self.begin + self.encode(text), n, temperature)
         stops = how.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             written = written.split(stop)[0] if stop else written
@@ -141,8 +165,9 @@ class Scorer:
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
-def adapter(scorer):
-    """The scorer as the harness calls it. How context and continuation meet is the harness's."""
+def adapter(scorer, rows=4):
+    """The scorer as the harness calls it. How context and continuation meet is the harness's. It
+    reads so many rows at a time, the longest first."""
     try:
         from lm_eval.api.model import TemplateLM
     except ImportError:
@@ -156,10 +181,17 @@ def adapter(scorer):
 
         def _loglikelihood_tokens(self, requests, **_):
             pairs = [([i for i in context if i >= 0], more) for _, context, more in requests]
-            return [scorer.log_likelihood(scorer.begin + c, more) for c, more in pairs]
+            pairs = [(scorer.begin + context, more) for context, more in pairs]
+            order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+            found = {}
+            for begin in range(0, len(order), rows):
+                some = order[begin : begin + rows]
+                answers = scorer.log_likelihoods([pairs[i] for i in some])
+                found |= dict(zip(some, answers, strict=True))
+            return [found[i] for i in range(len(pairs))]
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            return [scorer.rolling(scorer.encode(request.args[0])) for request in requests]
+            raise UserError("this task is about whole texts; experiments.evidence perplexity is so")
 
         def generate_until(self, requests, disable_tqdm=False):
             return [scorer.continuation(*request.args) for request in requests]
@@ -174,7 +206,8 @@ FLAGS = {
     "data_dir": dict(help="where the package datasets keeps what it downloads"),
     "limit": dict(type=int, help="questions of each task; by default all"),
     "num_fewshot": dict(type=int, help="examples before each question; by default the task's"),
-    "draws": dict(type=int, default=16, help="orders for each bound [16]"),
+    "by": dict(default="left", choices=ORDERS, help="the order of a continuation [left]"),
+    "draws": dict(type=int, default=4, help="of --by random, orders of each continuation [4]"),
     "device": dict(default="cpu", help="[cpu]"),
 }
 
@@ -194,7 +227,7 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
-    scorer = Scorer(a.folder, cli.pick_device(a.device), a.draws)
+    scorer = Scorer(a.folder, cli.pick_device(a.device), a.by, a.draws)
     if a.data_dir:
         os.environ["HF_HOME"] = a.data_dir  # read by the package datasets when it is imported
     model = adapter(scorer)

@@ -43,6 +43,8 @@ MODELS = {
     # a pretrained LLaMA as it was, by one step that changes nothing, and trained on
     "smol0": "--max_iters 1 --learning_rate 1e-12",
     "smol": "--max_iters 240 --learning_rate 2e-4 --warmup_iters 10",
+    "adapted": "",
+    "shared": "--left_neighbour False",  # the paper's form
 }
 
 WIKITEXT = "--data data/wikitext2/valid.txt --val_data data/wikitext2/test.txt"  # put it there
@@ -67,6 +69,13 @@ SMOL = (
     f"{A3} --init_from data/SmolLM2-135M-Instruct --device cpu --dtype bfloat16 --log_interval 20 "
     f"--num_samples 0 {WIKITEXT} --batch_size 8 --seq_len 64 --weight_decay 0.01 "
     "--eval_interval 40 --eval_windows 48"
+)
+# What experiments/tasks.py asks, at the length of its longest items. Its data is made by
+# python -m experiments.tasks prepare.
+TASKS = (
+    f"{A3} --init_from data/SmolLM2-135M-Instruct --data data/tasks/text.jsonl {CPU} "
+    "--batch_size 4 --seq_len 128 --max_iters 2000 --learning_rate 2e-4 --weight_decay 0.01 "
+    "--eval_interval 250 --eval_windows 32"
 )
 BASE = f"--preset base --device cuda {QUIET}"
 GPT2 = (
@@ -96,6 +105,7 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("long_", "arm", ONE, LONG),
     ("long_", "loa3", ONE, f"--random_share 0.2 {LONG}"),
     ("", "smol0 smol", ONE, SMOL),
+    ("tasks_", "adapted shared", ONE, TASKS),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
     ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),
 ]  # fmt: skip
@@ -129,6 +139,9 @@ MEASURE = {
     "page": f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
     "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
+    "tasks_ask": f"tasks ask data/SmolLM2-135M-Instruct {of('tasks_adapted tasks_shared')}",
+    "tasks_infill": f"tasks infill data/SmolLM2-135M-Instruct {of('tasks_adapted tasks_shared')} "
+    "--items 100",
     # times, for which nothing else should run
     "steps": "bench --device cpu --what train --threads 1 --repeats 7",
     "steps_compiled": "bench --device cpu --what train --threads 1 --repeats 7 --compile "

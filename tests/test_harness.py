@@ -1,12 +1,11 @@
-"""experiments/harness.py: A3 against the harness's own model of transformers, bounds against all
-orders, and the command as its users meet it."""
+"""experiments/harness.py: A3 against the harness's own model of transformers, other orders against
+walks by hand, and the command as its users meet it."""
 
 import itertools
 import json
 import os
 import sys
 
-import oracle
 import pytest
 import torch
 
@@ -31,23 +30,32 @@ PAIRS = [  # contexts and continuations
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random LLaMA with a tokenizer of 300 byte pairs, and a checkpoint of each of our models."""
-    folder = tmp_path_factory.mktemp("models")
+def make_llama(folder, most=64):
+    """A random LLaMA with a tokenizer of 300 byte pairs, and a window of so many tokens."""
     t = pretrained.trained(pretrained.byte_level)
     bos = t.token_to_id("<s>")
     t.post_processor = pretrained.tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
-    pretrained.random_model(vocab_size=300, bos_token_id=bos).save_pretrained(folder / "llama")
-    t.save(str(folder / "llama/tokenizer.json"))
-    (folder / "llama/tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    how = dict(vocab_size=300, bos_token_id=bos, max_position_embeddings=most)
+    pretrained.random_model(**how).save_pretrained(folder)
+    t.save(str(folder / "tokenizer.json"))
+    words = dict(bos_token="<s>", eos_token="<|end|>", tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LLaMA, an A3 that began with it, and an ARM."""
+    folder = tmp_path_factory.mktemp("models")
+    make_llama(folder / "llama")
     (folder / "text.txt").write_text(TEXT * 30, "utf-8")
     fixed = f"--data {folder}/text.txt --data_dir {folder}/tokens --device cpu --num_samples 0"
-    fixed += " --n_layer 1 --n_head 2 --n_embd 16 --seq_len 64 --max_iters 20 --learning_rate 1e-2"
-    for model in ("arm", "mdm", "block", "lomdm"):
-        train_char.main(f"{fixed} --model {model} --out_dir {folder}/{model}".split())
+    fixed += " --seq_len 64 --max_iters 20 --learning_rate 1e-2"
+    train_char.main(f"{fixed} --model a3 --init_from {folder}/llama --out_dir {folder}/a3".split())
+    train_char.main(
+        f"{fixed} --model arm --n_layer 1 --n_head 2 --n_embd 16 --out_dir {folder}/arm".split()
+    )
     return folder
 
 
@@ -91,20 +99,9 @@ def test_log_likelihoods_are_those_of_the_harness(llama, hf):
     assert len({round(log_p) for log_p, _ in want}) > 4  # they differ by whole nats
 
 
-def test_rolling_is_that_of_the_harness(llama, hf, monkeypatch):
-    asked = requests("loglikelihood_rolling", *[(t,) for t in ("The", TEXT[:60], "schön")])
-    monkeypatch.setattr(hf, "add_bos_token", False)  # or there would be two
-    close(harness.adapter(llama).loglikelihood_rolling(asked), hf.loglikelihood_rolling(asked))
-    assert harness.adapter(llama).loglikelihood_rolling(requests("", ("",))) == [0]
-
-
-def test_rolling_over_windows(folder):
-    """All but the first see what was before: a window has 64 tokens, whichever are to be judged."""
-    s = Scorer(folder / "llama")
-    x = torch.randint(300, (150,), generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = [([], x[:64]), (x[63:64], x[64:127]), (x[86:127], x[127:])]
-    assert [len(a + b) for a, b in pairs] == [64, 64, 64]
-    close(s.rolling(x), sum(s.log_likelihood(*pair)[0] for pair in pairs))
+def test_whole_texts_are_refused(llama):
+    with pytest.raises(UserError, match="this task is about whole texts"):
+        harness.adapter(llama).loglikelihood_rolling(requests("", ("The",)))
 
 
 def test_greedy_texts_are_those_of_the_harness(llama, hf):
@@ -121,60 +118,75 @@ def test_greedy_texts_are_those_of_the_harness(llama, hf):
 def test_a_long_context_is_cut_on_the_left_and_said_once(folder, capsys):
     s = Scorer(folder / "llama")
     x = torch.randint(300, (100,), generator=torch.Generator().manual_seed(1)).tolist()
-    close(s.log_likelihood(x[:96], x[96:])[0], s.log_likelihood(x[36:96], x[96:])[0])
-    s.log_likelihood(x[:96], x[96:])
+    pairs = [(x[:96], x[96:]), (x[36:96], x[96:])]
+    long, short = s.log_likelihoods(pairs)
+    close(long[0], short[0])
+    s.log_likelihoods(pairs)
     assert capsys.readouterr().out.count("cut on the left") == 1
     with pytest.raises(UserError, match="100 tokens to predict do not fit into the window of 64"):
-        s.log_likelihood([], x)
+        s.log_likelihoods([([], x)])
 
 
-# ---- the models of lomdm.py ----------------------------------------------------------------------
-def test_an_arm_has_its_own_exact_numbers(folder):
-    s = Scorer(folder / "arm")
-    a, b = (torch.tensor(s.encode(text))[None] for text in ("The q", "uick"))
-    want = s.model.nelbo(a) - s.model.nelbo(torch.cat((a, b), 1))
-    (got,) = harness.adapter(s).loglikelihood(requests("", ("The q", "uick")))
-    close(got[0], want.item())
-    close(s.rolling(a[0].tolist()), -s.model.nelbo(a).item())
+# ---- other orders --------------------------------------------------------------------------------
+def by_hand(model, x, order, n):
+    """log p of the n last tokens of x, which come in this order, one call for each: no cache, no
+    sorting."""
+    groups = torch.full((1, len(x)), -1)
+    groups[0, len(x) - n :] = n  # all that is open is one last group
+    total = 0.0
+    for step, i in enumerate(order):
+        at = len(x) - n + i
+        total += model(x[None], groups)[0, at].log_softmax(-1)[x[at]].item()
+        groups[0, at] = step
+    return total
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("learn_order,block_len", [(False, 6), (True, 6), (True, 3)])
-def test_greedy_is_what_greedy_filling_gives(float64, learn_order, block_len):
-    """For all contexts of two tokens, and a [MASK] at the end, the text that greedy filling gives
-    is greedy, and none that differs in one token is."""
-    how = dict(learn_order=learn_order, block_len=block_len, weights="exp", n_layer=1)
-    m = oracle.make_lomdm(6, **how)
-    gap = torch.tensor([False, True, True, False, True, False])
-    b = torch.arange(6) // block_len
-    written = set()
-    for context in itertools.product(range(oracle.V), repeat=2):
-        z = torch.full((6,), m.mask_id)
-        z[[0, 3]] = torch.tensor(context)
-        while (todo := gap & (z == m.mask_id)).any():
-            w_hat = m.order_weights_hat(z[None])[0].masked_fill(~todo | (b != b[todo].min()), -1)
-            z[w_hat.argmax()] = m.log_probs(z[None])[0, w_hat.argmax()].argmax()
-        assert harness.is_greedy(m, z, gap)
-        written.add(tuple(z.tolist()))
+@pytest.mark.parametrize("name", ["llama", "a3"])
+def test_a_random_order_is_one_of_all(folder, name):
+    """Three tokens have six orders. A random one is among them, and each comes."""
+    s = Scorer(folder / name, by="random", draws=1)
+    x = torch.randint(300, (9,), generator=torch.Generator().manual_seed(3))
+    pair = [(x[:6].tolist(), x[6:].tolist())]
+    six = {p: by_hand(s.model, x, p, 3) for p in itertools.permutations(range(3))}
+    assert min(abs(a - b) for a, b in itertools.combinations(six.values(), 2)) > 1e-3
 
-        for i in gap.nonzero()[:, 0]:
-            other = z.clone()
-            other[i] = (other[i] + 1) % oracle.V
-            assert not harness.is_greedy(m, other, gap)
-    assert len(written) > 5
+    found = set()
+    for s.seed in range(40):
+        [(log_p, _)] = s.log_likelihoods(pair)
+        found.add(min(six, key=lambda p: abs(six[p] - log_p)))
+        assert min(abs(nats - log_p) for nats in six.values()) < 1e-4
+    assert found == set(six)
 
 
-@pytest.mark.parametrize("name", ["mdm", "block", "lomdm"])
-def test_every_model_answers(folder, name):
-    """Bounds have the sign and the size of what they bound."""
-    s = Scorer(folder / name, draws=4)
-    model = harness.adapter(s)
-    for log_p, greedy in model.loglikelihood(requests("", *PAIRS)):
-        assert -100 < log_p < 0 and greedy in (True, False)
-    assert -10 * len(TEXT) < model.loglikelihood_rolling(requests("", (TEXT,)))[0] < 0
-    how = dict(max_gen_toks=5, temperature=1.0)
-    texts = model.generate_until(requests("", ("The", how), ("The quick", how)))
-    assert all(len(text) == 5 for text in texts)
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "a3"])
+def test_the_surest_first_is_what_a_walk_by_hand_takes(folder, name):
+    s = Scorer(folder / name, by="confidence")
+    orders = []
+    for x in torch.randint(300, (4, 9), generator=torch.Generator().manual_seed(5)):
+        order = []
+        groups = torch.tensor([6 * [-1] + 3 * [3]])
+        while len(order) < 3:
+            top = s.model(x[None], groups)[0, 6:].softmax(-1).amax(-1)
+            order.append(max(set(range(3)) - {*order}, key=lambda i: top[i]))
+            groups[0, 6 + order[-1]] = len(order) - 1
+        [(log_p, _)] = s.log_likelihoods([(x[:6].tolist(), x[6:].tolist())])
+        close(log_p, by_hand(s.model, x, order, 3))
+        orders.append(tuple(order))
+    assert len(set(orders)) > 1
+
+
+@pytest.mark.parametrize("by", ["left", "confidence", "entropy", "margin"])
+def test_neither_padding_nor_neighbours_change_an_answer(folder, by):
+    """Rows of several lengths in one call, and each alone."""
+    s = Scorer(folder / "a3", by=by)
+    x = torch.randint(300, (60,), generator=torch.Generator().manual_seed(4)).tolist()
+    pairs = [(x[:9], x[9:12]), (x[12:15], x[15:20]), (x[20:40], x[40:41])]
+    for (log_p, top), pair in zip(s.log_likelihoods(pairs), pairs, strict=True):
+        [(alone, top_alone)] = s.log_likelihoods([pair])
+        close(log_p, alone)
+        assert top == top_alone
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
@@ -205,7 +217,7 @@ def test_a_task_of_ones_own(folder, questions, hf, capsys, monkeypatch):
     want = lm_eval.simple_evaluate(hf, tasks=["mine"], task_manager=manager)["results"]["mine"]
     close(float(row.split("|")[7]), want["acc,none"])
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: manager)  # takes seconds
-    harness.main([str(folder / "mdm"), *flags, "--limit", "2", "--draws", "2"])
+    harness.main([str(folder / "a3"), *flags, "--limit", "2", "--by", "random", "--draws", "2"])
     assert "|mine" in capsys.readouterr().out
 
 
@@ -221,14 +233,19 @@ def test_a_task_of_ones_own(folder, questions, hf, capsys, monkeypatch):
 )
 def test_mistakes_are_one_line(folder, flags, message):
     with pytest.raises(UserError, match=message) as e:
-        harness.main([str(folder / "arm"), *flags.split()])
+        harness.main([str(folder / "a3"), *flags.split()])
     assert "\n" not in str(e.value)
 
 
 def test_a_missing_package_is_one_line(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(UserError, match="pip install lm_eval"):
-        harness.main([str(folder / "arm"), "--tasks", "piqa"])
+        harness.main([str(folder / "a3"), "--tasks", "piqa"])
+
+
+def test_a_model_of_another_kind(folder):
+    with pytest.raises(UserError, match="arm holds arm; this is for a3 and loa3"):
+        Scorer(folder / "arm")
 
 
 def test_a_folder_that_holds_nothing(tmp_path):

