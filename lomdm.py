@@ -258,7 +258,11 @@ class Order(nn.Module):
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
     It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
-    matters, as weights that are all doubled give the same orders."""
+    matters, as weights that are all doubled give the same orders.
+
+    The map is divided by 8. Adam moves a weight by about the learning rate, be its gradient
+    signal or noise, and where no order is better than others, the gradient of an order is all
+    noise. Without the 8 the order then wanders off. On Shakespeare that cost 0.03 nats."""
 
     def __init__(self, config):
         super().__init__()
@@ -268,7 +272,7 @@ class Order(nn.Module):
 
     def forward(self, h):
         """Features h (B, T, C), in whole blocks -> weights (B, T)."""
-        v = self.score(self.norm(h)).squeeze(-1)  # (B, T)
+        v = self.score(self.norm(h)).squeeze(-1) / 8  # (B, T)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
 
         B, T = v.shape
