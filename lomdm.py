@@ -54,7 +54,8 @@ Everything is in nats (divide by ln 2 for bits). The sections of this file:
     4  the model                        what it reads, its loss, its bound, how it writes
     5  tools for sampling               how sure is a guess, and how to draw a token
     6  the same, cheaper                evenly spread k, a cache, logits in chunks
-    7  the papers' clock                the same bound as an integral over time, in full
+    7  not the same, and faster         training more on the middle of an order
+    8  the papers' clock                the same bound as an integral over time, in full
 """
 
 import math
@@ -86,6 +87,7 @@ class Config:
     weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order
     c1: float = 0.7  # c1 and c2 of the paper's weights, see Order
     c2: float = 0.65
+    middle_steps: bool = True  # train more on the middle of an order: see section 7
 
     def __post_init__(self):
         if self.block_len is None:
@@ -174,15 +176,16 @@ class Block(nn.Module):
         c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
         turns by f_j radians a position, so the product of the two begins as
 
-            c^2 sum_j cos(f_j (distance of key and query - d))
+            c^2 sum_j cos(f_j (position of key - position of query - d))
 
-        which is largest at the distance d. With c = 5 and 32 channels a head, a key there
-        weighs e^3 times one beside it. It is only the beginning: training may move it. The
-        other heads begin without, and find what is far."""
+        which is largest for the key at the distance d, the left neighbour if d is -1. Attention
+        divides it by the root of the channels a head. With c = 5 and 32 channels, that key
+        then weighs e^3 times one beside it. It is only the beginning: training may move it.
+        The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
-        for head, d in enumerate(distances):
+        for head, d in enumerate(distances):  # none of them, and there is no bias
             bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
             bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
             bias[1, head] = k
@@ -249,7 +252,9 @@ class Order(nn.Module):
         normsig   w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j))       the paper's
         exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     far steeper
 
-    With exp the largest weight may be e^16 times the smallest.
+    With normsig and the default c1 and c2, the largest weight may be 27 times the smallest,
+    with exp e^16 times. Subtracting the mean keeps the weights near c1 or 1, and with exp it
+    changes no order.
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
     It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
@@ -303,7 +308,7 @@ def jump_terms(nll, w, w_hat, hidden):
     one True. Returns three tensors (..) in nats:
         recon    what the token costs
         order    what the order costs, a KL divergence: at least 0, and 0 if w_hat is w
-        timing   what the papers' bound has on top, at least 0: see section 7"""
+        timing   what the papers' bound has on top, at least 0: see section 8"""
     K = nll.shape[-1]
     W = (w * hidden).sum(-1, keepdim=True)
     W_hat = (w_hat * hidden).sum(-1, keepdim=True)
@@ -345,16 +350,17 @@ class LoMDM(nn.Module):
         # like, and logits() cuts off what is too much.
         self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
 
-        # The guess w_hat(z) is read off the features that predict the tokens. The weights w(x)
-        # are read off the clean text, by one more block. It sees the embeddings, so that the
-        # clean text need not go through the network.
+        # The papers call the two functions from texts to weights g and g_hat. The guess
+        # w_hat(z) is read off the features that predict the tokens. The weights w(x) are read
+        # off the clean text, by one more block. It sees the embeddings, so that the clean text
+        # need not go through the network. It has no dropout, as noise in w costs nats.
         self.g_hat = Order(config) if config.learn_order else Uniform()
         self.g = Order(config) if config.learn_order else Uniform()
         self.g_block = Block(config, dropout=0.0) if config.learn_order else None
 
         # As in GPT-2, the residual branches begin smaller, so that their sum keeps its scale.
         for name, p in self.named_parameters():
-            if name.endswith("score.weight"):
+            if name.endswith("score.weight"):  # of Order
                 nn.init.zeros_(p)
             elif name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -367,8 +373,8 @@ class LoMDM(nn.Module):
         # holds token i, and sees both sides.
         n = round(config.local_heads * config.n_head)
         if config.block_len == 1:
-            distances = [-i for i in range(n)]
-        else:
+            distances = [-i for i in range(n)]  # 0, -1, -2, ..
+        else:  # -1, 1, -2, 2, ..
             distances = [i // 2 + 1 if i % 2 else -(i // 2) - 1 for i in range(n)]
         for module in self.modules():
             if isinstance(module, Block):
@@ -464,9 +470,9 @@ class LoMDM(nn.Module):
         return F.log_softmax(self.logits(self.features(z)), dim=-1)
 
     def order_weights(self, x):
-        """w(x) (B, L): the weights of q, which sees the clean x up to the end of its block.
-        They do not shape the embeddings, hence detach(), as the gradient of an order is
-        noisy."""
+        """w(x) (B, L): the weights of q. That of a position comes from the clean x up to the end
+        of its block. They do not shape the embeddings, hence detach(), as the gradient of an
+        order is noisy."""
         tokens, pos, mask = self.inputs(x)
         h = (self.wte(tokens) + self.wpe(pos)).detach()
         if self.config.learn_order:
@@ -490,14 +496,16 @@ class LoMDM(nn.Module):
 
     def loss(self, x):
         """What training minimises, for x (B, L): a loss whose gradient counts, and a dict of
-        detached metrics. Report metrics["nelbo"], the bound (2) in nats per token.
+        detached metrics. Report metrics["nelbo"] (negative evidence lower bound), which is the
+        bound (2) in nats per token. (The loss is this bound, too, unless middle_steps weighs
+        some of its steps more: see section 7.)
 
         Without a learned order, this is the six lines at the top of the file. With one,
         autograd cannot see how w changes which order is drawn. REINFORCE can: to the gradient
-        of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, so any
-        number that does not depend on the order may be subtracted from this cost, and the mean
-        stays as it is. So draw two orders for each text, at the same k, and subtract the cost
-        of the other one:
+        of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, as the
+        probabilities of all orders always sum to 1. So any number that does not depend on the
+        order may be subtracted from this cost, and the mean stays as it is. So draw two orders
+        for each text, at the same k, and subtract the cost of the other one:
 
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
@@ -511,10 +519,15 @@ class LoMDM(nn.Module):
         draws = 2 if self.config.learn_order else 1
 
         # Draw orders, stop each after k places, and hide what comes later. k is uniform on
-        # {0 .. K-1}: think of torch.randint(K, (B, n)). Section 6 says what it does better.
+        # {0 .. K-1}: think of torch.randint(K, (B, n)). Section 6 says what it does better, and
+        # section 7 why some may come more often: count k comes `often[k]` times as often.
         text_weights = self.order_weights(x)  # (B, L)
         w = text_weights.view(B, n, K).repeat(draws, 1, 1)  # (draws B, n, K)
-        k = stratified_counts(B, n, K, device=x.device).repeat(draws, 1)  # (draws B, n)
+        k = stratified_counts(B, n, K, device=x.device)
+        often = torch.ones_like(w[0, 0])  # (K,)
+        if self.config.middle_steps:
+            k, often = middle_counts(k, K)
+        k = k.repeat(draws, 1)  # (draws B, n)
         order = race(w)
         rank = order.argsort(-1)
         hidden = rank >= k[..., None]  # (draws B, n, K)
@@ -522,24 +535,24 @@ class LoMDM(nn.Module):
         # Guess the hidden tokens, and the weights, in one pass of the network.
         token_nll, w_hat = self.predict_masked(x.repeat(draws, 1), hidden)
 
-        # The bound.
+        # The bound, or what is like it if some steps come more often.
         recon, order_cost, _ = jump_terms(token_nll, w, w_hat, hidden)  # (draws B, n) each
         cost = recon + order_cost
         per_token = 1 / (draws * B * L)  # two draws: their mean, which is the / 2 of (3)
-        nelbo = cost.sum() * per_token
+        loss = cost.sum() * per_token
 
         # The part of (3) that autograd does not see. Its value means nothing, its gradient
         # does.
-        loss = nelbo
         if self.config.learn_order:
             cost_1, cost_2 = cost.detach().chunk(2)
             log_q_1, log_q_2 = prefix_log_prob(w, order, k).chunk(2)
-            loss = nelbo + ((cost_1 - cost_2) * (log_q_1 - log_q_2)).sum() * per_token
+            loss = loss + ((cost_1 - cost_2) * (log_q_1 - log_q_2)).sum() * per_token
 
+        in_bound = per_token / often[k]  # (draws B, n): as if all came equally often
         metrics = {
-            "nelbo": nelbo,
-            "recon": recon.sum() * per_token,
-            "order": order_cost.sum() * per_token,
+            "nelbo": (cost * in_bound).sum(),
+            "recon": (recon * in_bound).sum(),
+            "order": (order_cost * in_bound).sum(),
             "w_spread": text_weights.std(correction=0) / text_weights.mean(),  # 0: all equal
         }
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -547,7 +560,7 @@ class LoMDM(nn.Module):
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, bound="jump", generator=None):
         """An unbiased estimate (B,) of a bound on -log p(x), in nats per text: the mean of
-        n_draws random steps. bound is "jump", equation (2), or "paper", section 7, which is
+        n_draws random steps. bound is "jump", equation (2), or "paper", section 8, which is
         never smaller. For an ARM both are -log p(x) itself, and there is nothing random."""
         need(bound in ("jump", "paper"), f"bound must be 'jump' or 'paper', not {bound!r}")
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
@@ -693,11 +706,11 @@ def stratified_counts(B, n, K, generator=None, device=None):
     easy. That noise has nothing to do with the model. Without it the loss of a batch of 16
     texts, for a small trained model, scatters by 0.10 nats per token in place of 0.16.
 
-    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount. A
-    block that stands at the share s of the circle reveals s K positions, rounded down. The
-    blocks of one text stand far apart, so that each text has easy and hard ones. With B = 4,
-    n = 1 and K = 4 the shares are 0, 1/4, 1/2, 3/4 plus the turn, and k is 0, 1, 2, 3 in some
-    rotation."""
+    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount, here
+    turn / K places. A block that stands at the share s of the circle reveals s K positions,
+    rounded down. The blocks of one text stand far apart, so that each text has easy and hard
+    ones. With B = 4, n = 1 and K = 4 the shares are 0, 1/4, 1/2, 3/4 plus the turn, and k is
+    0, 1, 2, 3 in some rotation."""
     N = B * n
     row = torch.arange(B, device=device)[:, None]
     block = torch.arange(n, device=device)
@@ -779,7 +792,33 @@ def nll(model, h, x):
     return torch.cat([checkpoint(nll, model, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# ---- 7. the papers' clock ----------------------------------------------------------------
+# ---- 7. not the same, and faster ---------------------------------------------------------
+# The bound counts all steps k of an order alike. Are all of them worth as much in training? At
+# the first steps nearly nothing is visible, and there is little to learn but how frequent
+# tokens are. At the last ones few tokens are hidden, and a step that teaches from few tokens is
+# noisy. So training may weigh the middle more. The best model stays the best one: what a
+# network should say where some set of tokens is visible does not depend on how often it is
+# asked. Only what it gives up where it is too small does, and which order is best.
+
+
+def middle_counts(k, K):
+    """Counts k (..) that are uniform on {0 .. K-1} -> counts (..) of which those in the middle
+    come more often, and how many times as often each of them comes, (K,).
+
+    The added code is so that an MDM learns in two thirds of the steps. k / K gets a density
+    that rises in a straight line from 0 at 0 to 2 at 1/2, and falls in one to 0 at 1. Its
+    integral from 0 to s is 2 s^2, and beyond the middle 1 - 2 (1 - s)^2. Where this integral
+    is a uniform number u, there is a draw from it. For K = 4 the counts come 1/2, 3/2, 3/2 and
+    1/2 times as often."""
+    u = (k + torch.rand(k.shape, device=k.device)) / K  # uniform on [0, 1]
+    s = torch.where(u < 0.5, (u / 2).sqrt(), 1 - ((1 - u) / 2).sqrt())
+
+    edge = torch.arange(K + 1, device=k.device) / K  # count j lies between edges j and j + 1
+    integral = torch.where(edge < 0.5, 2 * edge**2, 1 - 2 * (1 - edge) ** 2)
+    return (s * K).long().clamp(max=K - 1), K * integral.diff()
+
+
+# ---- 8. the papers' clock ----------------------------------------------------------------
 # The papers reach the same objective on another road, with a clock. A reader of OeMDM looks
 # for what is below. Nothing above needs it, and the tests tie the two together:
 # test_paper_bound_is_the_integral_over_time and
@@ -795,25 +834,27 @@ def nll(model, h, x):
 # index, as in the papers, and not a power.)
 #
 # LoMDM takes alpha^i = 1 - t^{w_i}, so its rate A^i is w_i / t. All hidden positions share the
-# factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2: i
-# is hidden at time t with probability t^{w_i}, which is the probability that
-# Exponential(1) / w_i is more than -log t.
+# factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2,
+# in which the time is -log t and grows while t falls: i is hidden with probability t^{w_i},
+# which is the probability that it has not arrived, Exponential(1) / w_i > -log t.
 #
 # The model reveals at a rate of its own, A_hat^i = w_hat_i / t. So in each dt, backwards in
 # time, a coin with probability A dt says what the noise reveals, and one with A_hat dt what
-# the model does. The KL divergence of the two coins, to first order in dt, is
-# (A log(A / A_hat) - A + A_hat) dt. Added up over time,
+# the model does. Heads add A dt log(A / A_hat) to the KL divergence of the two coins, tails
+# (1 - A dt) log((1 - A dt) / (1 - A_hat dt)), which is (A_hat - A) dt to first order. Added up
+# over time,
 #
 #     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))             token    (5)
 #                            + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt         order
 #
 # Part of the order's cost compares *when* something is revealed. With W and W_hat the sums
-# over the hidden positions it is [W log(W / W_hat) - W + W_hat] / t, at least 0. When a token
-# came does not change the text, only the order in which tokens came does. So a bound need not
-# pay for times, and that part can go. What is left is (2), never larger. In jump_terms() that
-# part is `timing`, divided by W, for in dt there is a step with probability (W / t) dt:
+# over the hidden positions it is D / t with D = W log(W / W_hat) - W + W_hat, at least 0. When
+# a token came does not change the text, only the order in which tokens came does. So a bound
+# need not pay for times, and that part can go. What is left is (2), never larger. In
+# jump_terms() that part is `timing`, D / W, for in dt there is a step with probability
+# (W / t) dt:
 #
-#     int g / t dt  =  int (g / W) (W / t) dt  =  E [ sum over the steps of g / W ]
+#     int D / t dt  =  int (D / W) (W / t) dt  =  E [ sum over the steps of D / W ]
 #
 # Why not train on (5), at a random time? It has the weight w / t, which is large where t is
 # small. Something is hidden there with probability about t^w, so its square has a mean like

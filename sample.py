@@ -1,7 +1,7 @@
 """
 Print samples from a checkpoint of train_char.py, and when each character was revealed.
 
-    python sample.py                                     samples from out/ckpt.pt
+    python sample.py                                     samples from out/, or a model from ready/
     python sample.py --prompt "ROMEO:" --show order      continue a text, coloured by order
     python sample.py --infill "To be, ____ not to be"    fill the gaps, one token for each _
     python sample.py --length 2000                       longer than the window, which slides
@@ -27,12 +27,13 @@ from plumbing.data import documents_in, sound
 from plumbing.tokenizers import tokenizer_of
 from train_char import make_model
 
+READY = Path(__file__).with_name("ready")  # weights that come with the code
 RULES = "left", "order", "random", "confidence", "entropy", "margin"  # which tokens come next
 
 
 @dataclass
 class Settings:
-    out_dir: str = flag("out", "where train_char.py wrote ckpt.pt")
+    out_dir: str | None = flag(None, "where train_char.py wrote ckpt.pt [out, or ready/loa3]")
     prompt: str | None = flag(None, "text to continue")
     prompt_file: str | None = flag(None, "or a file that holds it; - is standard input")
     infill: str | None = flag(
@@ -57,6 +58,16 @@ class Settings:
 
 
 # ---- what is asked for -----------------------------------------------------------------------
+
+
+def folder_of(s):
+    """The folder of the model: --out_dir, or out. Before anything has been trained, that is the
+    LoA3 which comes with the code."""
+    ready = READY / "loa3"
+    if s.out_dir or Path("out").exists() or not ready.exists():
+        return Path(s.out_dir or "out")
+    print(f"no model in out/ yet, so that of {ready} writes: see --out_dir", file=sys.stderr)
+    return ready
 
 
 def check_flags(s):
@@ -196,7 +207,7 @@ def main(argv=None):
     s = Settings(**cli.parse(Settings, argv, __doc__))
     check_flags(s)
     device = cli.pick_device(s.device)
-    ckpt, model = checkpoint.load(Path(s.out_dir) / "ckpt.pt", make_model, device)
+    ckpt, model = checkpoint.load(folder_of(s) / "ckpt.pt", make_model, device)
     tokenizer = tokenizer_of(**ckpt["tokenizer"])
     name, L = ckpt["model_name"], model.config.seq_len
 

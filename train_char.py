@@ -38,10 +38,10 @@ from plumbing.tokenizers import TOKENIZERS
 
 # ---- models ----------------------------------------------------------------------------------
 
-# This table is the paper's claim: one objective, and fields of its Config that make an ARM, an
-# MDM or a learned order of it. Each line is the name of a model, its class, its Config, and the
-# fields that make this model of them. All other fields of Config come from the flags of the
-# same name.
+# The first lines of this table are LoMDM's claim: one class and one objective, and fields of its
+# Config make it an ARM, an MDM or a learned order. Each line is the name of a model, its class,
+# its Config, and the fields that are fixed in this model. The others come from the flags of the
+# same name or keep their default, and vocab_size comes from the tokenizer.
 MODELS = {
     "arm": (lomdm.LoMDM, lomdm.Config, {"block_len": 1}),  # blocks of one, left to right: a GPT
     "mdm": (lomdm.LoMDM, lomdm.Config, {}),  # one block, and all orders are equally likely
@@ -64,9 +64,9 @@ def make_model(name, config):
 
 def figures_of(model):
     """What estimate_loss() measures of a model, and how: {name: arguments of model.nelbo()}.
-    The name says whether the figure is exactly -log p, in that order, or a bound on it. The
-    mean of exact costs of random orders is also a bound on -log of their mixture. The first
-    figure decides which checkpoint is the best."""
+    The name says whether the figure is exactly -log p of a model that writes in that order, or
+    a bound on it. The mean of exact costs of random orders is also a bound on -log of their
+    mixture. The first figure decides which checkpoint is the best."""
     exact = {
         "exact, random order": {"order": "random"},
         "exact, left to right": {"order": "left"},
@@ -83,7 +83,7 @@ def code_of(name, adapted=False):
     of a model that it began with. A digest of them is in the log. It shows whether a figure
     was made by today's code."""
     cls, _, _ = MODELS[name]
-    classes = cls.__mro__[:-2]  # without nn.Module and object
+    classes = cls.__mro__[:-2]  # without nn.Module and object, whose files are not ours
     files = {inspect.getfile(c) for c in classes} | {__file__}
     if adapted:
         files |= {init_from.__file__, llama.__file__}
@@ -107,7 +107,8 @@ SMALL = {  # nanoGPT's laptop size
     "warmup_iters": 100,
     "eval_interval": 250,
 }
-FILM = {  # films of a cellular automaton, last moment first
+FILM = {  # films of a cellular automaton, last moment first; worse in bfloat16
+    "dtype": "float32",
     "data": "automaton",
     "n_layer": 3,
     "n_embd": 64,
@@ -140,6 +141,7 @@ PRESETS = {"small": SMALL, "film": SMALL | FILM, "base": SMALL | BASE, "gpt2": S
 SIZES = "seq_len", "n_layer", "n_head", "n_embd"
 BLOCKS = "block lomdm lomdm-by-time"
 ORDERS = "lomdm lomdm-by-time"
+COUNTS = "mdm block lomdm"
 
 
 @dataclass
@@ -171,6 +173,7 @@ class Settings:
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
     c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
+    middle_steps: bool = flag(True, "train more on the middle of an order", only=COUNTS)
     group_size: int = flag(1, "in stage 3, drawn for each text: 1 to this", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
@@ -193,14 +196,15 @@ class Settings:
 
 
 def settle(s, device):
-    """Fill in the settings that follow the preset or other flags, and refuse what cannot be."""
+    """Fill in the settings that follow the preset or other flags, and refuse what cannot be.
+    Each need() is told what must hold, and the message if it does not."""
     known = dict(PRESETS[s.preset])
     if s.text_len:
         known["seq_len"] = s.text_len
     steps = s.max_iters or known["max_iters"]
     known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
-    known["compile"] = cli.is_modern(device)
-    known["dtype"] = "bfloat16" if known["compile"] else "float32"
+    known["compile"] = cli.is_modern(device)  # a GPU with bfloat16 and triton
+    known.setdefault("dtype", "bfloat16" if known["compile"] else "float32")
     known["block_len"] = 16 if s.model == "block" else None
 
     for name, value in known.items():
@@ -259,11 +263,11 @@ def get_batch(s, text, step, m, device, mark=None):
     """Windows (batch_size, seq_len) for micro-batch m of a step. The seed that is set here
     also decides what the loss draws: orders, and dropout.
 
-    mark: the token with which documents begin. A quarter of the windows is moved on to the
-    next one, as a sample begins with it, and elsewhere it is rare in the first place. If the
-    lengths of documents say nothing about their neighbours, what follows the mark stays as
-    likely as it was. The mark gets likelier, so that a window that begins otherwise, as most do
-    in validation, costs -log(3/4) = 0.29 nats more at the most, on its first token."""
+    mark: the token with which documents begin, None if they have none. A sample begins with it,
+    but few windows do. So a quarter of the windows is moved on to begin with the next mark. If
+    the lengths of documents say nothing about their neighbours, what follows the mark stays as
+    likely as it was. Another first token keeps at least 3/4 of its probability. So a window
+    that begins with one, as most do in validation, costs at most -log(3/4) = 0.29 nats more."""
     entropy = (s.seed, step, m + 1)  # not m, as SeedSequence drops a 0 at the end
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
@@ -333,6 +337,7 @@ def loss_arguments(s, step, x):
     whether all of them have one token."""
     if s.model != "a3":
         return {}
+    # most: the size of groups in this step, and in stage 3 the largest.
     stage, most = a3.curriculum(step, s.max_iters, s.shares, s.group_size)
     if stage < 3:
         groups = a3.chunk_groups(*x.shape, most, x.device)
@@ -358,7 +363,7 @@ def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
         each.append(metrics)
     processes.average_gradients(model)
 
-    # Some parameters are never clipped, and not moved before their time: see
+    # Parameters that wait for their time are not clipped, and do not move before: see
     # LoA3.parameter_groups().
     plain = [group for group in optimizer.param_groups if "starts_after" not in group]
     norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)
@@ -373,9 +378,9 @@ def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
 
 
 def report(s, step, pending, stop, took, in_all, saved_at, bar):
-    """Log the mean of the metrics since the last report, `pending`, a list of dicts. These
-    steps took so many seconds, of so many in all. Returns whether any process was asked to
-    stop."""
+    """Log the mean of the metrics since the last report, `pending`, a list of dicts. took and
+    in_all: the seconds of these steps, and of the run. Returns whether any process was asked
+    to stop."""
     numbers = torch.stack([torch.stack(list(metrics.values())) for metrics in pending])
     numbers, stopping = processes.mean_and_any(numbers, stop)  # (steps, metrics)
     cli.refuse_nan(numbers.sum(1).tolist(), step - len(pending) + 1, saved_at)
@@ -399,7 +404,7 @@ def as_text(figure, nats, error, unit):
 
 def validate(s, step, model, corpus, device, saved_at):
     """Print and log the figures of a model, and return the first one. Of several processes one
-    validates, and the others wait."""
+    validates, and the others wait. It is also the only one that saves and logs."""
     if RANK:
         return math.inf
     found = estimate_loss(model, corpus.val, s, device)
@@ -428,7 +433,7 @@ def train(s, device, corpus, model, ckpt, about):
     unit = {"unit": "step", "dynamic_ncols": True, "disable": True if RANK else None}
     bar = tqdm(total=s.max_iters, initial=step, **unit)
     model.train()
-    mark = corpus.tokenizer.end if corpus.separate else None
+    mark = corpus.tokenizer.end if corpus.separate else None  # each document stands behind it
     pending, began = [], time.perf_counter()
     with processes.stop_signals() as stop, bar:
         while step < s.max_iters:
@@ -473,7 +478,7 @@ def train(s, device, corpus, model, ckpt, about):
 
 
 def where_is(s, ckpt, given=()):
-    """Set paths that were relative to the folder where the run began, if they are only there."""
+    """Make a path that is found only from the folder where the run began what it was there."""
     for name in ("data", "val_data", "tokenizer", "data_dir"):
         path = getattr(s, name)
         is_path = path and name not in given and path not in {*data.SOURCES, *TOKENIZERS}

@@ -24,11 +24,12 @@ def load(s, given, window, make_model):
     folder = Path(s.init_from)
     check_source(folder)
     cli.check(s)  # is each flag for this model?
-    same = s.tokenizer in (None, s.init_from)
+    same = s.tokenizer in (None, s.init_from)  # to name the same folder is harmless
     need(same, f"--tokenizer is that of {folder}; leave it out")
 
     with cli.one_line(ValueError, ImportError):
-        if (folder / "config.json").is_file():
+        is_run = (folder / "ckpt.pt").is_file()
+        if (folder / "config.json").is_file() and not is_run:
             model, tokenizer = from_llama(s, folder, window)
         else:
             model, tokenizer = from_run(s, folder, make_model)
@@ -37,7 +38,8 @@ def load(s, given, window, make_model):
 
 
 def check_source(folder):
-    """UserError if the folder is no run and no LLaMA; it says what is there."""
+    """UserError for what is known to be neither a run nor a LLaMA; it says what is there. A
+    folder with nothing in it is refused in from_run()."""
     if (folder / "ckpt.pt").is_file():
         return
     try:
@@ -87,6 +89,7 @@ def from_arm(s, arm):
 def take_over(s, given, config):
     """Set the flags that say what a model is. What was given may not differ."""
     for f in fields(s):
+        # Many flags say nothing about a model, and some are for other models only.
         had = getattr(config, f.name, None)
         if had is not None and s.model in (f.metadata["only"] or s.model).split():
             same = given.get(f.name, had) == had
@@ -98,13 +101,13 @@ def take_over(s, given, config):
 
 
 def tokenizer_in(ckpt):
-    """What data.load() takes as tokenizer, for the one in a checkpoint. Of GPT-2's it is the
-    name, which finds tokens that are there."""
+    """What data.load() takes as tokenizer, for the one in a checkpoint. For GPT-2's it is the
+    name, so that a text that is already in its tokens on disk is found."""
     is_gpt2 = ckpt["tokenizer"]["kind"] == "gpt2"
     return "gpt2" if is_gpt2 else tokenizer_of(**ckpt["tokenizer"])
 
 
 def tokenizer_of_run(s, ckpt):
-    """The same for a run that is there already: the tokenizer is that of --init_from, or follows
-    the flags."""
+    """The same for --resume. A run that began with --init_from has its tokenizer in its
+    checkpoint, and that of any other follows its flags."""
     return tokenizer_in(ckpt) if s.init_from else s.tokenizer

@@ -13,15 +13,16 @@ then a text in that order. To train, the order is drawn by q, which has seen the
                         + log q(order_k | order_<k, x) - log q_hat(order_k | order_<k) ]   order
 
 This is the bound of lomdm.py with all L terms at once, and with a q_hat that does not look at
-the tokens. With q and q_hat uniform it is A3's
-loss for random orders. With all weight on left to right it is the loss of a GPT.
+the tokens. With q and q_hat uniform it is A3's loss for random orders. With all weight on left
+to right it is the loss of a GPT.
 
 What orders are there? A text is read in one of three ways: roughly from left to right, roughly
 from right to left, or, for a fixed share of the texts, in random order, which keeps the model
 able to fill gaps. Each way is a race as in lomdm.py, whose log-weights fall or rise along the
-text. So the order that is learned is above all a choice between two directions. Nothing that
-moved single weights by REINFORCE found a direction: the noise of a text's cost is a hundred
-times the effect (experiments/TRIED.md).
+text. So the order that is learned is above all a choice between two directions. From equal
+weights, REINFORCE found no direction by moving single ones: the noise of a text's cost is a
+hundred times the effect (experiments/TRIED.md). So both directions are there from the start, and
+it chooses between them.
 """
 
 import math
@@ -47,16 +48,18 @@ class Config(a3.Config):
 class Order(nn.Module):
     """q and q_hat: a mixture of three races.
 
-        log-weights   s_j = - sum_{i <= j} step_i     each position comes later than the one before
-        q_hat         draws the direction with fixed probabilities, those of q_hat_logits
+        log-weights   s_j = - sum_{i <= j} step_i     step > 0: j tends to come after j - 1
+        q_hat         draws the direction with probabilities that are the same for all texts
         q             draws it with probabilities to which each kind of token in x adds a vote
 
-    At first left to right has two chances of three, for q and q_hat, and each step is 6: a
-    position weighs e^6 times the next.
+    At first left to right has two chances of three, for q and q_hat, which ended better than
+    even chances. Each step begins as 6 forwards and -6 backwards: a position weighs e^6
+    times the next in its direction. All of this is learned.
 
-    Every parameter is a logit or a step divided by `scale`. Adam moves a parameter by about
-    the learning rate, however large the gradient is, so without a scale a logit could not get
-    from 0 to 10 in a short training. With 40, a direction is decided in 50 to 100 steps."""
+    Every parameter is a logit or a step divided by `scale`. So its gradient is 40 times as
+    large as that of the logit, and moving it by little moves the logit 40 times as much.
+    Without that, a logit could not get from 0 to 10 in a short training at the learning rate
+    of the network. With 40, a direction is decided in 50 to 100 steps."""
 
     scale = 40.0
 
@@ -78,9 +81,11 @@ class Order(nn.Module):
         return F.pad(s, (0, 0, 0, 1))  # a third row, of zeros
 
     def log_q_way(self, x):
-        """log q(way | x) (B, 3) for texts x (B, L). Each entry of the vocabulary that is in a
-        text has one vote, however often it is there. The sum of n votes is divided by the root
-        of n, so that long texts are not surer just for having more of them."""
+        """log q(way | x) (B, 3) for texts x (B, L). q has to tell texts that are easier forwards
+        from those that are easier backwards, such as by a mark that is in them. So each entry
+        of the vocabulary that is in a text has one vote, however often it is there. The sum of
+        n votes is divided by the root of n, so that long texts are not surer just for having
+        more of them."""
         there = x.new_zeros(len(x), len(self.token_logits)).scatter(1, x, 1)  # (B, V): 1 or 0
         votes = (there[..., None] * self.token_logits).sum(1)  # (B, 2)
         votes = votes / there.sum(1, keepdim=True).sqrt()
@@ -147,7 +152,8 @@ class LoA3(a3.A3):
         return log_q_hat, log_q
 
     def likeliest_order(self, B, L):
-        """The number (B, L) at which each position comes in the likeliest order of q_hat."""
+        """The number (B, L) at which each position comes in the likeliest order of q_hat's
+        likeliest way."""
         s = self.order.log_weights(L)[self.order.log_q_hat_way().argmax()]
         return s.argsort(descending=True, stable=True).argsort().repeat(B, 1)
 
@@ -165,10 +171,11 @@ class LoA3(a3.A3):
         dict of detached metrics, of which "nelbo" is the bound (2) in nats per token. With
         groups, A3's.
 
-        Autograd cannot see how q changes which order is drawn. So log q of step k is weighted
-        by its text's costs from k on, as a choice answers for what comes after it, less the
-        mean of the same for the other texts (REINFORCE). A number less the mean of the B - 1
-        others is B / (B - 1) times the number less the mean of all."""
+        Autograd cannot see how q changes which order is drawn. So log q of step k gets a weight
+        (REINFORCE): its text's costs from k on, as a choice answers for what comes after it.
+        From that the mean over the other texts is subtracted, to lessen the noise. A number
+        less the mean of the B - 1 others is B / (B - 1) times the number less the mean of
+        all."""
         if groups is not None:
             return super().loss(x, groups, single)
         B = len(x)
@@ -210,6 +217,9 @@ class LoA3(a3.A3):
         self.check(z)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         groups = self.draw_groups(z, per_step, how.get("generator"))
+
+        # A group has per_step tokens, so all are filled at once, whatever the rule "left" says.
+        # Given tokens come back with their negative groups.
         x, revealed_at = self.decode(z, groups, per_step, "left", temperature, top_k, **how)
         return x, revealed_at.clamp(min=-1)
 
@@ -231,7 +241,8 @@ class LoA3(a3.A3):
         return torch.where(is_open, (place - n_given) // per_step, place - L)
 
     def load_arm(self, state_dict):
-        """As A3.load_arm(). The order stays as it is."""
+        """As A3.load_arm(). The order stays as it is: A3 refuses missing names, so it gets ours
+        back."""
         mine = {name: p for name, p in self.state_dict().items() if name.startswith("order.")}
         super().load_arm({**state_dict, **mine})
 
@@ -241,6 +252,7 @@ class LoA3(a3.A3):
         No weight decay. A large eps: where gradients are far below 0.3, Adam is then plain
         gradient descent with the rate lr / 0.3, while with a small eps it would blow up noise.
         No learning in the first third of the steps (train_step() sets lr to 0). Until then
-        both directions are read, as the one that is easy first is often the wrong one."""
+        both directions are read, as the one that is easy first is often the wrong one. Not
+        clipped with the network's gradients, which these would then make smaller."""
         params = list(self.order.parameters())
         return [{"params": params, "weight_decay": 0.0, "eps": 0.3, "starts_after": 1 / 3}]

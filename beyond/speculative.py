@@ -55,6 +55,7 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
     cache = a3.Cache(model, x[:, :L])
 
     # The first call commits the start and what is given, and drafts from what the queries say.
+    # Each call settles at least one token, so L calls are enough.
     given = given_tokens(model, x[:, :L], order[:, :L], done)
     logits = ask(model, cache, x, order, *given, done, k)  # (B, 1, k, V)
     q = probabilities(logits[:, 0], **how)  # (B, k, V)
@@ -63,7 +64,7 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
     for call in range(1, L + 1):
         # Write the drafts. The first one always stands. If it was the last token, that is all.
         rank = done + j  # (B, k)
-        slots = order.gather(1, rank) + 1
+        slots = order.gather(1, rank) + 1  # token i is in slot i + 1
         x.scatter_(1, slots - 1, drafted)
         if (done + 1 >= L).all():
             return x[:, :L], call
@@ -75,7 +76,8 @@ def generate_speculative(model, x, groups, drafts=4, generator=None, **how):
         # Check all drafts but the first by the first query of the families before the last.
         p = probabilities(logits[:, :-1, 0], **how)  # (B, k - 1, V)
         accepted = accept(drafted[:, 1:], p, q[:, 1:], generator)  # (B, 1): 1 .. k
-        cache.key_ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)  # nobody sees the refused
+        # The refused stay in the cache. As `seen` is at most L + k, nobody sees this rank.
+        cache.key_ranks[:, -k:].masked_fill_(j >= accepted, L + 2 * k)
         done = (done + accepted).clamp(max=L)
 
         # Draft from the family that saw just what is settled now. Its first token is drawn
@@ -100,8 +102,9 @@ def given_tokens(model, x, order, done):
 
 
 def ask(model, cache, x, order, tokens, slots, rank, seen, k):
-    """One call: commit tokens (B, m), and for each number of settled tokens in seen (B, n)
-    predict the k tokens that come next: logits (B, n, k, V)."""
+    """One call: commit tokens (B, m) of these ranks (B, m) in these slots (B, m), and for each
+    number of settled tokens in seen (B, n) predict the k tokens that come next: logits (B, n,
+    k, V). x is (B, L + 1), with the column for what is written behind the end."""
     L = x.shape[1] - 1
     j = torch.arange(k, device=x.device)
     at = order.gather(1, (seen[..., None] + j).flatten(1))  # (B, n k)
@@ -129,7 +132,8 @@ def accept(drafts, p, q, generator):
 
 def draft(q, q_refused, generator):
     """New tokens (B, k) from q (B, k, V), the first one from max(0, q - q_refused) with
-    q_refused (B, 1, V)."""
+    q_refused (B, 1, V). For that one q is what it should come from, p at the top, and
+    q_refused what the refused draft came from, q there."""
     first = (q[:, :1] - q_refused).clamp(min=0)
 
     # If the two are equal to rounding, all of that is 0, and the token is drawn from q.

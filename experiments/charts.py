@@ -93,3 +93,68 @@ def curve(points, colour, joined):
         out.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>')
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
     return out
+
+
+# ---- texts that are written --------------------------------------------------------------------
+CAPTIONS = {  # of the lines of writing(), by the model's name
+    "arm": ("GPT", "left to right"),
+    "block16": ("block diffusion", "block after block, and in any order inside of one"),
+    "mdm": ("MDM", "in any order"),
+    "lomdm": ("LoMDM", "in an order that it has learned"),
+    "lomdm_exp": ("LoMDM", "in an order that it has learned: spaces and line ends first"),
+    "a3": ("A3", "in any order, each with its exact probability"),
+    "loa3": ("LoA3", "in an order that it has learned: it chose left to right"),
+}
+SECONDS_A_CALL = 0.14
+PAUSE = 3.0  # seconds with the whole text, before it begins again
+
+
+def writing(lines):
+    """An SVG that plays how texts are written, again and again, with CSS alone. lines: [(name,
+    [(piece, when)])]. Where nothing moves, all of the text is there, coloured by its order."""
+    calls = 1 + max(when for _, written in lines for _, when in written)
+    period = calls * SECONDS_A_CALL + PAUSE
+    style = [
+        "text{font:15px monospace;fill:#222}.name{font:bold 14px sans-serif}",
+        ".what{font:13px sans-serif;fill:#777}",
+        "@media(prefers-color-scheme:dark){text{fill:#ddd}.what{fill:#999}}",
+    ]
+
+    # Each call has a colour, from blue to orange by way of grey, and a moment at which it appears.
+    moving = []
+    for call in range(calls):
+        share = call / max(1, calls - 1)
+        style.append(f".k{call}{{fill:{early_to_late(share)};text-decoration:underline}}")
+        shows = 100 * (call + 1) * SECONDS_A_CALL / period
+        moving.append(
+            f"@keyframes k{call}{{0%,{shows - 0.01:.2f}%{{opacity:0}}{shows:.2f}%,to{{opacity:1}}}}"
+            f".k{call}{{animation:k{call} {period:.1f}s infinite}}"
+        )
+    style.append(f"@media(prefers-reduced-motion:no-preference){{{''.join(moving)}}}")
+
+    out = []
+    width = max(sum(len(piece) for piece, _ in written) for _, written in lines)
+    for i, (name, written) in enumerate(lines):
+        top = 62 * i
+        what, caption = CAPTIONS.get(name.rpartition("_s")[0] or name, (name, ""))
+        out.append(f'<text class="name" x="10" y="{top + 20}">{html.escape(what)}</text>')
+        out.append(f'<text class="what" x="140" y="{top + 20}">{html.escape(caption)}</text>')
+        for column, (piece, when) in enumerate(written):
+            # Of a space that is written, one sees the line below it.
+            shown = html.escape(piece.replace("\n", "↵").replace(" ", "\u00a0"))
+            out.append(f'<text class="k{when}" x="{10 + 9 * column}" y="{top + 44}">{shown}</text>')
+    size = f"0 0 {9 * width + 20} {62 * len(lines)}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">'
+    return "\n".join([f"{head}<style>{''.join(style)}</style>", *out, "</svg>\n"])
+
+
+def early_to_late(share):
+    """A colour for a share of the calls, from 0 to 1: blue, grey, orange. These can be told apart
+    without red or green, and on light and dark grounds."""
+    blue = (38, 110, 190)
+    grey = (128, 128, 128)
+    orange = (214, 106, 10)
+    first, second = (blue, grey) if share < 0.5 else (grey, orange)
+    part = 2 * share % 1 if share < 1 else 1
+    mixed = (round(a + (b - a) * part) for a, b in zip(first, second, strict=True))
+    return "#" + "".join(f"{value:02x}" for value in mixed)

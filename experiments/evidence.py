@@ -17,6 +17,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
 Standard errors are over windows of the validation split.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -178,13 +179,16 @@ def decoders(runs, a):
 
 # ---- orders against times ------------------------------------------------------------------------
 def variance(runs, a):
-    """The two estimators on the same 16 windows, many draws each: the standard deviation of the
-    loss, and the noise of the gradient, E |g - E g|^2 / |E g|^2."""
+    """Three estimators on the same 16 windows, many draws each: the standard deviation of the
+    estimate of the bound, and the noise of the gradient, E |g - E g|^2 / |E g|^2. They are at
+    random places of an order, at random times, and at places more often in the middle, as in
+    training. The gradient of the last is not that of the bound."""
     for run in runs:
         run.need_lomdm()
         x = run.val[:: max(1, len(run.val) // 16)][:16]
-        for how, cls in (("orders", lomdm.LoMDM), ("times", lomdm.ByTime)):
-            model = cls(run.model.config).to(a.device).eval()
+        for how, cls in (("orders", lomdm.LoMDM), ("times", lomdm.ByTime), ("middle", lomdm.LoMDM)):
+            config = dataclasses.replace(run.model.config, middle_steps=how == "middle")
+            model = cls(config).to(a.device).eval()
             model.load_state_dict(run.model.state_dict())
 
             loss, noise = noise_of(model, x, a.draws)
@@ -263,6 +267,26 @@ def samples(runs, a):
             print(f"{run.name:16} {how:8} {n:6}   {own} {opinion(judge, x):15} {variety:9.4f}")
 
 
+def groups(runs, a):
+    """What the validation text costs an A3 in random groups of so many tokens, exactly, and what an
+    ARM says of texts that it draws so many at a time."""
+    judge = judge_of(a, runs)
+    for run in runs:
+        need(run.is_a3, f"{run.name} holds no A3; this is about its groups")
+        L = run.val.shape[1]
+        z = torch.full((a.samples, L), run.model.mask_id, device=a.device)
+        for size in (1, 2, 4, 8):
+            cost = run.over_windows(
+                lambda model, x, g, size=size: model.nelbo(
+                    x, order="random", size=size, generator=g
+                )
+            )
+            g = torch.Generator(a.device).manual_seed(3)
+            x, _ = run.model.sample(z, per_step=size, by="random", generator=g)
+            variety = entropy(x, run.tokenizer.size)
+            print(f"{run.name} {size} {shown(cost / L)} {opinion(judge, x)} {variety:.4f}")
+
+
 # ---- the order -----------------------------------------------------------------------------------
 CLASSES = {
     "line end": lambda c: c == "\n",
@@ -320,27 +344,43 @@ def passage(runs, a):
         pictures.write(a.svg, pictures.svg(passages))
 
 
+@torch.no_grad()
+def draw_order(run, x, generator):
+    """When each position of x (1, L) is written, (1, L): one draw from q."""
+    L = x.shape[1]
+    if isinstance(run.model, loa3.LoA3):
+        return run.model.order.draw(run.model.order.log_q_way(x), L, generator).argsort(-1)
+    if run.is_a3:
+        return a3.random_groups(1, L, 1, generator, x.device)
+
+    # A race in each block, and one block after another.
+    w = run.model.order_weights(x).view(-1, run.block_len)  # (n, K)
+    block = torch.arange(len(w), device=x.device)[:, None]
+    when = lomdm.race(w, generator).argsort(-1) + block * run.block_len
+    return when.view_as(x)
+
+
 def strips(runs, a):
-    """One text as each model would have it written, when 3/8 and 5/8 of it are revealed: by a race
-    with its own weights w, block after block."""
-    generator = torch.Generator(a.device).manual_seed(1)  # another race for each of them
+    """One text as each model would have it written, when 3/8 and 5/8 of it are revealed: in an
+    order that is drawn from its own q. The picture plays it."""
+    generator = torch.Generator(a.device).manual_seed(1)  # another order for each of them
+    lines = []
     for run in runs:
-        run.need_lomdm()
         L = run.val.shape[1]
         x = run.tokenizer.encode(a.text)[:L].astype("int64")
         x = torch.from_numpy(x)[None].to(a.device)  # (1, L)
         need(x.shape[1] == L, f"--text: at least {L} tokens, the window of {run.name}")
-        with torch.no_grad():
-            w = run.model.order_weights(x).view(-1, run.block_len)  # (n, K)
 
-        block = torch.arange(len(w), device=a.device)[:, None]
-        when = lomdm.race(w, generator).argsort(-1) + block * run.block_len  # (n, K)
+        when = draw_order(run, x, generator)[0].tolist()
         pieces = run.tokenizer.pieces(x[0].tolist())
-        written = list(zip(pieces, when.flatten().tolist(), strict=True))
+        written = list(zip(pieces, when, strict=True))
         name = os.path.basename(run.name)
+        lines.append((name, written))
         for k in (3 * L // 8, 5 * L // 8):
             print(f"{name:14}" + "".join(c if at < k else "·" * len(c) for c, at in written))
             name = ""
+    if a.svg:
+        pictures.write(a.svg, charts.writing(lines))
 
 
 # ---- a text of one's own -------------------------------------------------------------------------
@@ -388,9 +428,10 @@ COMMANDS = {  # what each takes besides out_dirs
     decoders: (),
     variance: ("draws",),
     samples: ("judge", "samples"),
+    groups: ("judge", "samples"),
     order: ("svg",),
     passage: ("svg",),
-    strips: ("text",),
+    strips: ("text", "svg"),
     perplexity: ("val_data",),
     films.rows: (),
     films.films: ("samples",),

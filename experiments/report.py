@@ -54,11 +54,15 @@ LABELS = {
 }
 
 
+FORMS = {"plain_": ", plain", "uniform_": ", all steps alike"}
+
+
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
-    name = re.sub(r"^(plain|early|time|film|both|long|base|gpt2)_", "", name)
     name = re.sub(r"_s\d+$", "", name)
-    return LABELS.get(name, name)
+    prefix = re.match(r"((plain|uniform|early|time|film_long|both|long|base|gpt2)_)?", name)[0]
+    name = name.removeprefix(prefix)
+    return LABELS.get(name, name) + FORMS.get(prefix, "")
 
 
 def row(*cells):

@@ -53,14 +53,15 @@ LONG = (
     f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 --eval_interval 1000"
 )
 
+PLAIN = "--local_heads 0 --middle_steps False"
+
 # LoMDM reads each text in two orders, so it gets half as many texts.
 HALF = "--batch_size 8"
 
 # Films are trained in float32, which is faster at this width.
-FILM = (
-    f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 "
-    "--max_iters 3000 --eval_interval 1000 --data"
-)
+FILM = f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 --batch_size"
+LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
+BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
 
 SMOL = (
     f"{A3} --init_from data/SmolLM2-135M-Instruct --device cpu --dtype bfloat16 --log_interval 20 "
@@ -81,12 +82,14 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("", "lomdm lomdm_exp lomdm_frozen", THREE, f"{SMALL} {HALF}"),
     ("early_", "mdm", THREE, f"{CPU} --max_iters 600 --eval_interval 300"),
     ("early_", "lomdm", THREE, f"{CPU} --max_iters 800 --eval_interval 400"),
-    ("film_", "arm mdm loa3", THREE, f"{FILM} automaton --batch_size 64"),
-    ("film_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} automaton --batch_size 32"),
-    ("plain_", "arm mdm block16 a3 loa3", TWO, f"{SMALL} --local_heads 0"),
-    ("plain_", "lomdm", TWO, f"{SMALL} {HALF} --local_heads 0"),
+    ("film_long_", "arm mdm loa3", THREE, f"{FILM} 64 {LONG_FILM}"),
+    ("film_long_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {LONG_FILM}"),
+    ("plain_", "arm a3 loa3", TWO, f"{SMALL} --local_heads 0"),
+    ("plain_", "mdm block16", TWO, f"{SMALL} {PLAIN}"),
+    ("plain_", "lomdm", TWO, f"{SMALL} {HALF} {PLAIN}"),
+    ("uniform_", "mdm", TWO, f"{SMALL} --middle_steps False"),
     ("time_", "lomdm", THREE, f"{CPU} {HALF} --max_iters 2600 --eval_interval 250"),
-    ("both_", "arm loa3", TWO, f"{FILM} automaton-both --batch_size 64"),
+    ("both_", "arm loa3", THREE, f"{FILM} 64 {BOTH_WAYS}"),
     ("", "stages stage3 a3_groups mdm_by_time", TWO, SMALL),
     ("", "lomdm_by_time", TWO, f"{SMALL} {HALF}"),
     ("", "share01", ONE, SMALL),
@@ -105,17 +108,22 @@ def of(names, seeds=ONE):
 
 
 MEASURE = {
-    "rows": f"evidence rows {of('film_loa3 film_lomdm_exp film_lomdm', THREE)} "
-    + of("both_loa3", TWO),
-    "films": f"evidence films {of('film_loa3 film_lomdm_exp', THREE)} {of('both_loa3', TWO)}",
+    "rows": f"evidence rows {of('both_loa3', THREE)}",
+    "rows_long": f"evidence rows {of('film_long_lomdm_exp film_long_lomdm', THREE)}",
+    "films": f"evidence films {of('both_loa3', THREE)}",
+    "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3', THREE)}",
     "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
     "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
-    "orders": f"evidence passage {of('loa3 film_loa3')} --windows 4 --svg {PICTURES}/orders.svg",
-    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp')}",
+    "orders": f"evidence passage {of('loa3 film_long_loa3')} --windows 4 "
+    f"--svg {PICTURES}/orders.svg",
+    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp loa3')} --svg {PICTURES}/hero.svg",
+    "masks": f"ideas masks --svg {PICTURES}/masks.svg",
+    "heads": f"ideas heads {of('mdm')} --svg {PICTURES}/heads.svg",
     "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
     "variance": f"evidence variance {of('mdm lomdm')}",
     "samples": f"evidence samples {of('lomdm lomdm_exp')} --judge {of('arm', (2,))}",
+    "groups": f"evidence groups {of('a3 a3_groups', TWO)} --judge {of('arm', (2,))}",
     "infill": "evidence infill " + of("arm block16 mdm lomdm lomdm_exp loa3 share01 a3"),
     "decoders": f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 200",
     "page": f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "

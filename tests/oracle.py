@@ -46,9 +46,9 @@ def randomize(model):
     return model.eval()
 
 
-def make_lomdm(L=4, seed=0, cls=lomdm.LoMDM, **kw):
+def make_lomdm(L=4, seed=0, cls=lomdm.LoMDM, middle_steps=False, **kw):
     torch.manual_seed(seed)
-    return randomize(cls(lomdm.Config(V, L, **(SIZE | kw))))
+    return randomize(cls(lomdm.Config(V, L, middle_steps=middle_steps, **(SIZE | kw))))
 
 
 def make_a3(L=5, seed=0, vocab_size=V, **kw):

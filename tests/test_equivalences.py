@@ -319,6 +319,31 @@ def test_loss_and_gradient_have_the_bounds_mean(L, block_len, weights, monkeypat
     same_gradients(model, loss, bound)
 
 
+def test_more_of_the_middle(monkeypatch):
+    """With middle_steps each step of the bound counts as often as it comes, in the loss and in
+    its gradient. The metric is the bound as ever."""
+    model = oracle.make_lomdm(L=3, learn_order=True)
+    x = torch.tensor([[2, 0, 1]])
+    often = torch.tensor([2 / 3, 5 / 3, 2 / 3])
+    weighed = []
+    for p, returns in oracle.lomdm_draws(model, x):
+        (k,) = returns[lomdm, "stratified_counts"].flatten().tolist()
+        weighed.append((p * often[k], returns))
+
+    want, _ = mean_over(weighed, monkeypatch, lambda: (model.loss(x)[0], x))
+
+    model.config.middle_steps = True
+    monkeypatch.setattr(lomdm, "middle_counts", lambda k, K: (k, often))
+
+    def values():
+        loss, metrics = model.loss(x)
+        return loss, metrics["nelbo"]
+
+    loss, nelbo = mean_over(weighed, monkeypatch, values)
+    torch.testing.assert_close(nelbo, exact(model, x)[1].sum() / 3)
+    same_gradients(model, loss, want)
+
+
 @pytest.mark.parametrize("block_len, t", [(3, 0.3), (3, 0.8), (1, 0.5), (2, 0.6)])
 def test_time_form_has_the_papers_bound_as_its_mean(block_len, t, monkeypatch):
     """All draws at one time are listed. Their mean is the integrand of the papers' bound, and

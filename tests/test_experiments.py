@@ -3,7 +3,9 @@ against figures by hand, and the commands as their users meet them."""
 
 import itertools
 import math
+import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import oracle
 import pytest
@@ -13,7 +15,7 @@ import lomdm
 import plumbing.films
 import train_char
 from beyond.decoders import decoder_log_prob
-from experiments import bench, evidence, films, speed
+from experiments import bench, evidence, films, ideas, speed
 from experiments.runs import Run, mean_error
 from plumbing.cli import UserError
 
@@ -266,6 +268,28 @@ def test_strips_reveal_what_they_say(at_runs, capsys):
     assert later[:8] == "to be or" and later.count("·") == 6
 
 
+def test_a_picture_that_writes(at_runs, runs):
+    """Each character appears at the moment of its call, all are there at the end, and where
+    nothing moves."""
+    evidence.main(["strips", "arm", "loa3", "--text", "to be or not to be", "--svg", "w.svg"])
+    source = Path("w.svg").read_text()
+    ns = "{http://www.w3.org/2000/svg}"
+    cells = [e for e in ET.fromstring(source).iter(f"{ns}text") if e.get("class").startswith("k")]
+    arm, loa3 = cells[:16], cells[16:]
+    assert [e.get("class") for e in arm] == [f"k{i}" for i in range(16)]
+    assert sorted(e.get("class") for e in loa3) == sorted(e.get("class") for e in arm)
+    assert "".join(e.text for e in arm) == "to be or not to ".replace(" ", "\u00a0")
+
+    shows = re.findall(
+        r"@keyframes k(\d+)\{0%,[\d.]+%\{opacity:0\}([\d.]+)%,to\{opacity:1\}\}", source
+    )
+    assert [int(k) for k, _ in shows] == list(range(16))
+    moments = [float(percent) * (16 * 0.14 + 3) / 100 for _, percent in shows]
+    assert moments == pytest.approx([0.14 * (k + 1) for k in range(16)], abs=1e-3)
+    still, moving = source.split("@media(prefers-reduced-motion")
+    assert "opacity" not in still and "animation" in moving
+
+
 @pytest.mark.parametrize(
     "argv,says",
     [
@@ -273,6 +297,7 @@ def test_strips_reveal_what_they_say(at_runs, capsys):
         ("order loa3 lomdm blocks --svg o.svg", "line end 0."),
         ("passage loa3 lomdm --svg p.svg", "--- sample 1"),
         ("samples lomdm mdm --judge arm --samples 4", "mdm              uniform      16"),
+        ("groups a3 loa3 --judge arm --samples 4", "loa3 8 "),
         ("infill a3 loa3 mdm blocks", "in gaps of 4 (bound)"),
         ("infill arm --windows 1", "in gaps of 4 (exact)"),
         ("variance mdm lomdm --draws 3", "times   loss"),
@@ -349,3 +374,40 @@ def test_mistakes(at_runs, argv, message):
 def test_mistakes_of_bench_and_speed(at_runs, main, argv, message):
     with pytest.raises(UserError, match=message):
         main(argv.split())
+
+
+# ---- pictures of ideas ---------------------------------------------------------------------------
+def test_who_sees_whom_by_hand(tmp_path, capsys):
+    """The tables at the top of lomdm.py and a3.py, from their code."""
+    drawn = lambda mask: ["".join(".#"[cell] for cell in row) for row in mask.tolist()]  # noqa: E731
+    assert drawn(ideas.mask_of(4, 1)) == ["#...", "##..", "###.", "####"]
+    assert drawn(ideas.mask_of(4, 2)) == ["##..", "##..", "####", "####"]
+    assert drawn(ideas.mask_of(4, 4)) == 4 * ["####"]
+    content, query = ideas.masks_of_a3([1, 0, 2, 0])
+    assert drawn(content) == ["#....", "###.#", "#.#.#", "#####", "#.#.#"]
+    assert drawn(query) == ["#.#.#", "#....", "###.#", "#...."]
+
+    ideas.main(["masks", "--svg", str(tmp_path / "m.svg")])
+    source = (tmp_path / "m.svg").read_text()
+    assert ET.fromstring(source) is not None
+    assert source.count('class="sees"') == 36 + 48 + 64 + 16 + 9
+    assert "A3, queries" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_where_heads_look(at_runs, runs, capsys):
+    """The shares of attention are those of the model's own attention, and add up to 1 over all
+    distances. Fresh local heads look at their neighbours."""
+    model = lomdm.LoMDM(lomdm.Config(5, 7, 2, 4, 64))
+    z = torch.randint(5, (3, 7))
+    found = ideas.attention(model, z)  # all distances of 7 places are within 6
+    places = 7 - torch.arange(-6, 7).abs()
+    torch.testing.assert_close((found * places).sum(-1), torch.full((2, 4), 7.0))
+    assert (found[0].argmax(-1)[:2] - 6).tolist() == [-1, 1]
+
+    ideas.main(["heads", "mdm", "--svg", "h.svg"])
+    out = capsys.readouterr().out
+    assert re.search(r"^mdm before layer 1: -1 ", out) and "mdm after layer 1: " in out
+    ET.parse("h.svg")
+    with pytest.raises(UserError, match="a3 holds an A3"):
+        ideas.main(["heads", "a3"])

@@ -134,9 +134,7 @@ def test_counts_are_uniform(B, n, K, monkeypatch):
     turns = range(B * n * K)
     k = []
     for turn in turns:
-        monkeypatch.setattr(
-            torch, "randint", lambda *_, turn=turn, **how: torch.tensor([turn])
-        )
+        monkeypatch.setattr(torch, "randint", lambda *_, turn=turn, **how: torch.tensor([turn]))
         k.append(lomdm.stratified_counts(B, n, K))
     assert (F.one_hot(torch.stack(k), K).sum(0) == len(turns) / K).all()  # (B, n, K)
 
@@ -151,6 +149,20 @@ def test_counts_are_spread_over_rows_and_blocks():
         k = lomdm.stratified_counts(8, 4, 4)  # 8 rows, 4 blocks of 4
         assert (k.amax(1) - k.amin(1) >= 2).all()
         assert torch.equal(k.sort(0).values[:, 0], torch.arange(4).repeat_interleave(2))
+
+
+@pytest.mark.parametrize(
+    "K,times",
+    [(1, [1]), (2, [1, 1]), (3, [2 / 3, 5 / 3, 2 / 3]), (4, [0.5, 1.5, 1.5, 0.5])],
+)
+def test_counts_of_the_middle_come_as_often_as_said(K, times, monkeypatch):
+    """Over a fine grid of uniform numbers, and by hand."""
+    grid = (torch.arange(6000) + 0.5) / 6000
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: grid.expand(shape))
+    k, often = lomdm.middle_counts(torch.arange(K)[:, None].expand(K, 6000), K)
+    torch.testing.assert_close(often.double(), torch.tensor(times).double())
+    found = k.flatten().bincount(minlength=K) / 6000
+    torch.testing.assert_close(found.double(), often.double(), atol=1e-3, rtol=0)
 
 
 # ---- the papers' clock -------------------------------------------------------------------
@@ -205,9 +217,7 @@ def test_rows_take_their_blocks_together():
     assert fits(count(x[1::2], every), exact(model, every)[0].neg().exp())
 
 
-GAPS = torch.tensor(
-    [[V] * 6, [1, 2, V, V, V, V], [V, 0, 1, V, V, 2], [2, 1, 0, V, V, V], [0] * 6]
-)
+GAPS = torch.tensor([[V] * 6, [1, 2, V, V, V, V], [V, 0, 1, V, V, 2], [2, 1, 0, V, V, V], [0] * 6])
 CACHED = [dict(block_len=1), dict(block_len=2), dict(block_len=3, learn_order=True)]
 
 
@@ -276,9 +286,7 @@ def test_top_p_by_hand():
 
 def test_certainty_by_hand():
     """Three positions, of which each rule takes another."""
-    p = torch.tensor(
-        [[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]]
-    )
+    p = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.48, 0.18, 0.17, 0.17], [0.495, 0.495, 0.01, 0.0]])
     logits = p.log() + torch.tensor([[-3.0], [0.0], [3.0]])  # which changes no probability
     surest = {"confidence": 0, "entropy": 2, "margin": 1}
     assert {by: lomdm.certainty(logits, by).argmax().item() for by in surest} == surest
@@ -302,9 +310,7 @@ def test_predictions_see_their_own_and_earlier_blocks_only(block_len):
         moved = (model.log_probs(other) - model.log_probs(z)).abs().amax(-1)[0] > 1e-9
         assert torch.equal(moved, expected), j
         if block_len > 1:
-            moved = (model.order_weights_hat(other) - model.order_weights_hat(z))[
-                0
-            ].abs() > 1e-9
+            moved = (model.order_weights_hat(other) - model.order_weights_hat(z))[0].abs() > 1e-9
             assert torch.equal(moved, expected), j
 
 

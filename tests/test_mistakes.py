@@ -75,8 +75,8 @@ $ train --data= --val_data good                         # a shell variable that 
 error: --data is empty
 $ train --warmup_iters 900 --max_iters 800              # a warmup without an end
 error: a warmup of 900 steps in 800: see --warmup_iters, --max_iters
-$ train --warmup_iters 401                              # the same, by nobody's --max_iters
-error: a warmup of 401 steps in 400: see --warmup_iters, --max_iters
+$ train --warmup_iters 501                              # the same, by nobody's --max_iters
+error: a warmup of 501 steps in 500: see --warmup_iters, --max_iters
 $ sample --top_p 1.5                                    # a probability above 1
 error: --top_p must be at most 1
 
@@ -362,7 +362,7 @@ def test_a_full_disk(work, capfd, flags):
     Path("new.txt").write_text("to be" * 50_000)
     before = files()
     most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
         code, err = outcome(f"train {flags}", capfd)
     finally:

@@ -16,7 +16,7 @@ import pytest
 
 import sample
 import train_char
-from experiments import bench, evidence, report, run_all, speed, table
+from experiments import bench, evidence, ideas, report, run_all, speed, table
 from plumbing import cli
 from plumbing.cli import Stopped, UserError
 
@@ -126,7 +126,8 @@ def test_every_command_parses_and_no_name_is_there_twice():
         elif argv[0] == "experiments.bench":
             cli.check(bench.Settings(**cli.parse(bench.Settings, argv[1:], "")))
         else:
-            {"evidence": evidence, "speed": speed}[argv[0][12:]].parse(argv[1:])
+            modules = {"evidence": evidence, "speed": speed, "ideas": ideas}
+            modules[argv[0][12:]].parse(argv[1:])
 
 
 # ---- figures, by hand ----------------------------------------------------------------------------
@@ -150,9 +151,9 @@ def write_log(name, values, seed=1, machine="a machine", code=None, **settings):
 def logs(tmp_path, monkeypatch):
     """Three seeds of the ARM and of the MDM, one of three of a longer ARM."""
     monkeypatch.setattr(table, "LOGS", tmp_path)
-    models = {name: "--model arm" for name in ("arm", "mdm", "vector", "arm_time")}
+    models = {name: "--model arm" for name in ("arm", "mdm", "vector", "time_arm")}
     monkeypatch.setattr(table, "MODELS", models)
-    train = [("", "arm mdm arm_time", (1, 2, 3), "--max_iters 20"), ("", "vector", (1,), "")]
+    train = [("", "arm mdm time_arm", (1, 2, 3), "--max_iters 20"), ("", "vector", (1,), "")]
     monkeypatch.setattr(table, "TRAIN", train)
     monkeypatch.setattr(table, "MEASURE", {"speed": "speed runs/arm_s2 runs/mdm_s1"})
     monkeypatch.setattr(report, "HERE", tmp_path)
@@ -160,7 +161,7 @@ def logs(tmp_path, monkeypatch):
         write_log("arm", {"exact": [3 + add, 2 + add]}, seed)
         other = {"bound": [2.5 - add, 4], "exact, left": [7, 1]}  # best at step 10
         write_log("mdm", other, seed, model="lomdm")
-    write_log("arm_time", {"exact": [9]})
+    write_log("time_arm", {"exact": [9]})
     return tmp_path
 
 
@@ -169,20 +170,20 @@ def test_figures(logs):
     assert report.nats("arm") == f"2.3000 ± {error:.4f}" == "2.3000 ± 0.1732"
     assert report.nats("arm", "exact", "x10") == "23.0000 ± 1.7321"
     assert report.nats("mdm") == "2.2000 ± 0.1732"
-    assert report.nats("mdm", "left") == "7.0000 ± 0.0000" and report.nats("arm_time") == "9.0000"
+    assert report.nats("mdm", "left") == "7.0000 ± 0.0000" and report.nats("time_arm") == "9.0000"
     lines = report.losses("arm", "mdm", "x2").splitlines()
     assert lines[2] == "| ARM | 20 x 4 | 10 | 4.6000 ± 0.3464 | 3 | exact |"
-    assert lines[3] == "| MDM | 20 x 4, twice | 10 | 4.4000 ± 0.3464 | 3 | bound |"
+    assert lines[3] == "| MDM | 20 x 4 in two orders | 10 | 4.4000 ± 0.3464 | 3 | bound |"
     assert lines[4].endswith("| exact, left |") and lines[5] == "" and len(lines) == 7
     one = "| ARM | 20 x 4 | 10 | 18.0000 (± 0.2000 over windows) | 1 | exact |"
-    assert report.losses("arm_time", "x2").splitlines()[2] == one
+    assert report.losses("time_arm", "x2").splitlines()[2] == one
     size = "1 layers, 2 wide, 3 tokens of context, float32"
     assert lines[6] == f"*{size}. Made on a machine. Logs: arm, mdm.*"
 
 
 def test_differences_are_those_of_seeds(logs):
     """2 - 2.5, 2.3 - 2.2 and 2.6 - 1.9."""
-    lines = report.pairs("arm-mdm", "arm-arm_time").splitlines()
+    lines = report.pairs("arm-mdm", "arm-time_arm").splitlines()
     error = statistics.stdev([-0.5, 0.1, 0.7]) / math.sqrt(3)
     assert lines[2] == f"| ARM − MDM | +0.1000 ± {error:.4f} | 3 | exact − bound |"
     assert lines[3] == "| ARM − ARM | -7.0000 | 1 | exact |"

@@ -8,6 +8,8 @@ import torch
 
 import sample
 import train_char
+from experiments import ready
+from plumbing.cli import UserError
 
 TINY = "--data text.txt --data_dir tokens --device cpu --max_iters 1 --num_samples 0 "
 TINY += "--n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_size 4"
@@ -188,3 +190,30 @@ def test_texts_end_at_their_end(monkeypatch):
     assert len(seen) == 5
     for pieces, at in seen:
         assert len(pieces) == len(at) < 400 and pieces[0] == "b" and "b" not in pieces[1:]
+
+
+# ---- weights that come with the code -------------------------------------------------------
+
+
+def test_before_anything_is_trained(trained, tmp_path, monkeypatch, capsys):
+    """Without out/, a model of ready/ writes, and says so. Its weights are the run's, rounded to
+    bfloat16, in half the bytes."""
+    ready.main(["loa3", str(tmp_path / "ready" / "loa3"), "--windows", "5"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("loa3: ") and f"{tmp_path}/ready/loa3/ckpt.pt: " in printed
+
+    monkeypatch.setattr(sample, "READY", tmp_path / "ready")
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--prompt", "to", "--device", "cpu", "--num_samples", "2"])
+    out, err = capsys.readouterr()
+    assert all(text.startswith("to") for text in texts(out))
+    assert err == f"no model in out/ yet, so that of {tmp_path}/ready/loa3 writes: see --out_dir\n"
+
+    small, whole = load(tmp_path / "ready" / "loa3"), load(trained / "loa3")
+    for name, p in whole[1].named_parameters():
+        assert torch.equal(small[1].get_parameter(name), p.bfloat16().float()), name
+    assert small[0]["model"]["wte.weight"].dtype == torch.bfloat16
+
+    Path("out").mkdir()
+    with pytest.raises(UserError, match="no checkpoint at out/ckpt.pt; train one"):
+        sample.main(["--device", "cpu"])

@@ -317,6 +317,15 @@ def test_presets(work, monkeypatch):
     s = checkpoint("out/ckpt.pt")["settings"]
     assert s["data"] == "automaton" and s["seq_len"] == 68
 
+    # Films are in float32, also where other presets are not.
+    monkeypatch.setattr(train_char.cli, "is_modern", lambda device: True)
+    found = {}
+    for preset in ("film", "base"):
+        s = train_char.Settings(preset=preset, model="loa3")
+        train_char.settle(s, CPU)
+        found[preset] = s.dtype
+    assert found == {"film": "float32", "base": "bfloat16"}
+
 
 # ---- resumption ----------------------------------------------------------------------------
 

@@ -1,0 +1,53 @@
+"""
+Make the checkpoint of a run as small as it may be, to be committed: python sample.py uses it where
+nothing has been trained yet.
+
+    python -m experiments.ready runs/loa3_s1 ready/loa3
+
+Weights are rounded to bfloat16, which halves the file. What the rounded model costs on validation
+text is printed, beside what the run reported.
+"""
+
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+
+import train_char
+from experiments.runs import Run
+from plumbing import checkpoint, cli
+
+
+def round_weights(ckpt):
+    """The same checkpoint with its weights in bfloat16, which load_state_dict() turns back."""
+    weights = {name: p.to(torch.bfloat16) for name, p in ckpt["model"].items()}
+    state = {name: value for name, value in ckpt.items() if name != "format"}
+    return state | {"model": weights, "cwd": ""}
+
+
+def cost(run):
+    """The first of its figures, nats per token with the error over windows, as train_char.py
+    validates."""
+    text = run.val.flatten().cpu().numpy()
+    s = train_char.Settings(seq_len=run.val.shape[1], eval_windows=len(run.val))
+    figure, nats, error = train_char.estimate_loss(run.model, text, s, "cpu")[0]
+    return f"{nats:.4f} ± {error:.4f} ({figure})"
+
+
+def main(argv=None):
+    p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("out_dir", help="of train_char.py")
+    p.add_argument("to", help="the folder that gets a small ckpt.pt")
+    p.add_argument("--windows", type=int, default=2000, help="of validation [2000]")
+    a = p.parse_args(argv)
+
+    run = Run(a.out_dir, windows=a.windows)
+    path = Path(a.to, "ckpt.pt")
+    checkpoint.save(path, round_weights(run.ckpt))
+    small = Run(a.to, windows=a.windows)
+    size = path.stat().st_size / 1e6
+    print(f"{a.out_dir}: {cost(run)}; {path}: {cost(small)}, {size:.2f} MB")
+
+
+if __name__ == "__main__":
+    cli.run(main)
