@@ -99,15 +99,18 @@ def load(out_dir):
     need(not isinstance(model, llama.Llama), f"{out_dir} is a LLaMA; the page cannot compute it")
 
     data = ckpt["settings"]["data"]
-    best = f"{ckpt['best']:.2f} nats for each character of a text that it had not seen"
-    about = f"Trained on {Path(data).name} for {ckpt['step']:,} steps: it paid {best}."
+    row = TEXT_LEN.get(data, 0) // FILM_ROWS  # 0: no film
+    what = "films" if row else Path(data).name
+    most = "" if ckpt["model_name"] == "arm" else "at most "  # the others have bounds
+    best = f"{most}{ckpt['best']:.2f} nats for each character of a text that it had not seen"
+    about = f"Trained on {what} for {ckpt['step']:,} steps: it paid {best}."
     is_loa3 = isinstance(model, loa3.LoA3)
     return {
         "name": ckpt["model_name"],
         "about": about,
         "kind": "lomdm" if hasattr(model, "g_hat") else "a3",
         "learned": is_loa3 or getattr(model.config, "learn_order", False),
-        "rowLength": TEXT_LEN.get(data, 0) // FILM_ROWS,  # 0: no film
+        "rowLength": row,
         "config": vars(model.config),
         "vocab": list(ckpt["tokenizer"]["vocab"]),
         "weights": weights_of(model),
