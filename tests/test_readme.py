@@ -13,6 +13,7 @@ import pytest
 import lomdm
 import sample
 import train_char
+from beyond import playground
 from experiments import bench, evidence, harness, report, run_all, speed, tasks
 from plumbing import cli
 
@@ -32,6 +33,7 @@ def parser_of(Settings):
 PARSE = {  # as a command calls it: file, parser
     "train_char.py": ("train_char.py", parser_of(train_char.Settings)),
     "sample.py": ("sample.py", parser_of(sample.Settings)),
+    "beyond.playground": ("beyond/playground.py", playground.parse),
     "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
     "experiments.evidence": ("experiments/evidence.py", evidence.parse),
     "experiments.harness": ("experiments/harness.py", harness.parse),
