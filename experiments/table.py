@@ -127,7 +127,8 @@ MEASURE = {
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
     "orders": f"evidence passage {of('loa3 film_long_loa3')} --windows 4 "
     f"--svg {PICTURES}/orders.svg",
-    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp loa3')} --svg {PICTURES}/hero.svg",
+    "strips": f"evidence strips {of('arm block16 mdm lomdm_exp')}",
+    "hero": f"evidence strips {of('arm block16 mdm lomdm_exp loa3')} --svg {PICTURES}/hero.svg",
     "masks": f"ideas masks --svg {PICTURES}/masks.svg",
     "heads": f"ideas heads {of('mdm')} --svg {PICTURES}/heads.svg",
     "fraction": f"evidence fraction {of('mdm lomdm a3 loa3')} --svg {PICTURES}/fraction.svg",
