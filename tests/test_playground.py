@@ -200,8 +200,7 @@ def guesses(model, text, vocab):
     log_p = model.read(z, revealed_at, gaps[None]).log_softmax(-1)[0]
     if not isinstance(model, LoA3):
         return log_p, None
-    s = model.order.log_weights(z.shape[1])[:, gaps].softmax(1)
-    return log_p, model.order.log_q_hat_way()[0].exp() @ s
+    return log_p, Race(model).chances(gaps)
 
 
 def pick(weights, u):
