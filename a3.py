@@ -190,15 +190,16 @@ class Block(nn.Module):
         c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
         turns by f_j radians a position, so the product of the two begins as
 
-            c^2 sum_j cos(f_j (distance of key and query - d))
+            c^2 sum_j cos(f_j (position of key - position of query - d))
 
-        which is largest at the distance d. With c = 5 and 32 channels a head, a key there
-        weighs e^3 times one beside it. It is only the beginning: training may move it. The
-        other heads begin without, and find what is far."""
+        which is largest for the key at the distance d, the left neighbour if d is -1. Attention
+        divides it by the root of the channels a head. With c = 5 and 32 channels, that key
+        then weighs e^3 times one beside it. It is only the beginning: training may move it.
+        The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
-        for head, d in enumerate(distances):
+        for head, d in enumerate(distances):  # none of them, and there is no bias
             bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
             bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
             bias[1, head] = k
