@@ -342,7 +342,7 @@ def loss_arguments(s, step, x):
     if stage < 3:
         groups = a3.chunk_groups(*x.shape, most, x.device)
     else:  # each text has groups of a size of its own
-        size = torch.randint(1, most + 1, (len(x), 1)).to(x.device)
+        size = torch.randint(1, most + 1, (len(x), 1), device=x.device) if most > 1 else 1
         groups = a3.random_groups(*x.shape, size, device=x.device)
     return {"groups": groups, "single": most == 1}
 
