@@ -105,8 +105,9 @@ class Config:
 def chunk_groups(B, L, size=1, device=None):
     """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L),
     int64. size is a number, or (B, 1), a number for each text."""
-    number = not torch.is_tensor(size)
-    need(not number or size >= 1, f"the size of a group must be at least 1, not {size}")
+    # A tensor is not looked into, as the CPU would have to wait for a GPU.
+    fits = torch.is_tensor(size) or size >= 1
+    need(fits, f"the size of a group must be at least 1, not {size}")
     groups = torch.arange(L, device=device) // size  # (L,), or (B, L)
     return groups.expand(B, L).clone()
 

@@ -138,7 +138,6 @@ GPT2 = {  # GPT-2 small: 16 * 32 * 1,024 tokens a step, 10 billion in all
     "eval_interval": 1000,
 }
 PRESETS = {"small": SMALL, "film": SMALL | FILM, "base": SMALL | BASE, "gpt2": SMALL | GPT2}
-SIZES = "seq_len", "n_layer", "n_head", "n_embd"
 BLOCKS = "block lomdm lomdm-by-time"
 ORDERS = "lomdm lomdm-by-time"
 COUNTS = "mdm block lomdm"
@@ -337,6 +336,7 @@ def loss_arguments(s, step, x):
     whether all of them have one token."""
     if s.model != "a3":
         return {}
+
     # most: the size of groups in this step, and in stage 3 the largest.
     stage, most = a3.curriculum(step, s.max_iters, s.shares, s.group_size)
     if stage < 3:

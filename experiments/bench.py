@@ -32,6 +32,7 @@ MODELS = {  # its name in train_char.py, and more of its Config
     "a3": ("a3", {}),
     "loa3": ("loa3", {}),
 }
+SIZES = "seq_len", "n_layer", "n_head", "n_embd"
 PEAK = 989e12  # FLOP/s of an H100 in dense bfloat16, by NVIDIA
 SHARE = 0.4  # of the peak that a well-tuned training run reaches; an assumption
 
@@ -54,7 +55,7 @@ class Settings:
 def sizes_of(s):
     preset = train_char.PRESETS[s.preset]
     vocab_size = 50257 if s.preset == "gpt2" else 65
-    return {"vocab_size": vocab_size} | {size: preset[size] for size in train_char.SIZES}
+    return {"vocab_size": vocab_size} | {size: preset[size] for size in SIZES}
 
 
 def make(name, s, device):

@@ -101,51 +101,68 @@ CAPTIONS = {  # of the lines of writing(), by the model's name
     "block16": ("block diffusion", "block after block, and in any order inside of one"),
     "mdm": ("MDM", "in any order"),
     "lomdm": ("LoMDM", "in an order that it has learned"),
-    "lomdm_exp": ("LoMDM", "in an order that it has learned: spaces and line ends first"),
+    "lomdm_exp": ("LoMDM", "in an order that it has learned, by far steeper weights"),
     "a3": ("A3", "in any order, each with its exact probability"),
-    "loa3": ("LoA3", "in an order that it has learned: it chose left to right"),
+    "loa3": ("LoA3", "in an order that it has learned, for the whole text at once"),
 }
 SECONDS_A_CALL = 0.14
 PAUSE = 3.0  # seconds with the whole text, before it begins again
+LINE = 62  # pixels from one text to the next
+LETTER = 9
 
 
 def writing(lines):
     """An SVG that plays how texts are written, again and again, with CSS alone. lines: [(name,
     [(piece, when)])]. Where nothing moves, all of the text is there, coloured by its order."""
     calls = 1 + max(when for _, written in lines for _, when in written)
-    period = calls * SECONDS_A_CALL + PAUSE
     style = [
         "text{font:15px monospace;fill:#222}.name{font:bold 14px sans-serif}",
         ".what{font:13px sans-serif;fill:#777}",
         "@media(prefers-color-scheme:dark){text{fill:#ddd}.what{fill:#999}}",
+        *(f".k{k}{{fill:{colour};text-decoration:underline}}" for k, colour in colours(calls)),
+        f"@media(prefers-reduced-motion:no-preference){{{moments(calls)}}}",
     ]
 
-    # Each call has a colour, from blue to orange by way of grey, and a moment at which it appears.
-    moving = []
-    for call in range(calls):
-        share = call / max(1, calls - 1)
-        style.append(f".k{call}{{fill:{early_to_late(share)};text-decoration:underline}}")
-        shows = 100 * (call + 1) * SECONDS_A_CALL / period
-        moving.append(
-            f"@keyframes k{call}{{0%,{shows - 0.01:.2f}%{{opacity:0}}{shows:.2f}%,to{{opacity:1}}}}"
-            f".k{call}{{animation:k{call} {period:.1f}s infinite}}"
-        )
-    style.append(f"@media(prefers-reduced-motion:no-preference){{{''.join(moving)}}}")
-
     out = []
-    width = max(sum(len(piece) for piece, _ in written) for _, written in lines)
     for i, (name, written) in enumerate(lines):
-        top = 62 * i
-        what, caption = CAPTIONS.get(name.rpartition("_s")[0] or name, (name, ""))
-        out.append(f'<text class="name" x="10" y="{top + 20}">{html.escape(what)}</text>')
-        out.append(f'<text class="what" x="140" y="{top + 20}">{html.escape(caption)}</text>')
-        for column, (piece, when) in enumerate(written):
-            # Of a space that is written, one sees the line below it.
-            shown = html.escape(piece.replace("\n", "↵").replace(" ", "\u00a0"))
-            out.append(f'<text class="k{when}" x="{10 + 9 * column}" y="{top + 44}">{shown}</text>')
-    size = f"0 0 {9 * width + 20} {62 * len(lines)}"
+        out += line_of(name, written, LINE * i)
+
+    longest = max(sum(len(piece) for piece, _ in written) for _, written in lines)
+    size = f"0 0 {LETTER * longest + 20} {LINE * len(lines)}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">'
     return "\n".join([f"{head}<style>{''.join(style)}</style>", *out, "</svg>\n"])
+
+
+def moments(calls):
+    """CSS: what a call has written appears at its moment, and stays until all begins again."""
+    period = calls * SECONDS_A_CALL + PAUSE
+    out = []
+    for k in range(calls):
+        shows = 100 * (k + 1) * SECONDS_A_CALL / period  # percent of the period
+        hidden = f"0%,{shows - 0.01:.2f}%{{opacity:0}}"
+        out.append(f"@keyframes k{k}{{{hidden}{shows:.2f}%,to{{opacity:1}}}}")
+        out.append(f".k{k}{{animation:k{k} {period:.1f}s infinite}}")
+    return "".join(out)
+
+
+def line_of(name, written, top):
+    """What a model is, and below it its text, each piece in the class of its call."""
+    what, caption = CAPTIONS.get(name.rpartition("_s")[0] or name, (name, ""))
+    out = [f'<text class="name" x="10" y="{top + 20}">{html.escape(what)}</text>']
+    out.append(f'<text class="what" x="140" y="{top + 20}">{html.escape(caption)}</text>')
+
+    x = 10
+    for piece, when in written:
+        # Of a space that is written, one sees the line below it.
+        shown = html.escape(piece.replace("\n", "↵").replace(" ", "\u00a0"))
+        out.append(f'<text class="k{when}" x="{x}" y="{top + 44}">{shown}</text>')
+        x += LETTER * len(piece)
+    return out
+
+
+def colours(calls):
+    """[(call, its colour)], from blue to orange by way of grey."""
+    return [(k, early_to_late(k / max(1, calls - 1))) for k in range(calls)]
 
 
 def early_to_late(share):

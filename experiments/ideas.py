@@ -69,6 +69,7 @@ def side_by_side(tables):
     out = []
     x = 10
     for name, what, mask, rows, columns in tables:
+        # The words, and the names of columns and rows.
         out.append(f'<text class="name" x="{x}" y="18">{html.escape(name)}</text>')
         out.append(f'<text class="what" x="{x}" y="34">{html.escape(what)}</text>')
         left, top = x + 42, 64
@@ -160,7 +161,9 @@ def parse(argv):
         if f is heads:
             command.add_argument("out_dir", help="of train_char.py")
             command.add_argument("--windows", type=int, default=64, help="of validation [64]")
-    return p.parse_args(argv)
+    a = p.parse_args(argv)
+    cli.check_range("windows", getattr(a, "windows", 1), 1, 2**20)
+    return a
 
 
 def main(argv=None):

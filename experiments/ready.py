@@ -40,6 +40,7 @@ def main(argv=None):
     p.add_argument("to", help="the folder that gets a small ckpt.pt")
     p.add_argument("--windows", type=int, default=2000, help="of validation [2000]")
     a = p.parse_args(argv)
+    cli.check_range("windows", a.windows, 2, 2**20)
 
     run = Run(a.out_dir, windows=a.windows)
     path = Path(a.to, "ckpt.pt")

@@ -188,3 +188,25 @@ def test_what_may_change():
         checkpoint.resumable(saved | {"more": 1}, {}, Settings)
     with pytest.raises(UserError, match="--n_layer is 1 in out; leave it out, or start without"):
         checkpoint.resumable(saved, {"n_layer": 2}, Settings)
+
+
+# ---- which code ----------------------------------------------------------------------------
+
+
+def test_a_digest_of_code_is_of_what_it_does(work):
+    """Comments, docstrings and the order of the files do not count. Any other change does, also
+    in a string that is no docstring."""
+
+    def digest(text, *names):
+        (work / "b.py").write_text(text)
+        return checkpoint.code_digest([work / name for name in names])
+
+    (work / "a.py").write_text("x = 1\n")
+    code = 'def f():\n    """Why."""\n    return "1"  # one\n'
+    same = digest(code, "a.py", "b.py")
+    assert len(same) == 12 and same == digest(code, "b.py", "a.py")
+    assert same == digest(code.replace("Why.", "Because."), "a.py", "b.py")
+    assert same == digest(code.replace("# one", "# two"), "a.py", "b.py")
+    assert same != digest(code.replace('"1"', '"2"'), "a.py", "b.py")
+    assert same != digest(code.replace("def f()", "def f(x)"), "a.py", "b.py")
+    assert same != digest(code, "b.py")

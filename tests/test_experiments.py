@@ -15,7 +15,7 @@ import lomdm
 import plumbing.films
 import train_char
 from beyond.decoders import decoder_log_prob
-from experiments import bench, evidence, films, ideas, speed
+from experiments import bench, charts, evidence, films, ideas, speed
 from experiments.runs import Run, mean_error
 from plumbing.cli import UserError
 
@@ -286,6 +286,11 @@ def test_a_picture_that_writes(at_runs, runs):
     assert [int(k) for k, _ in shows] == list(range(16))
     moments = [float(percent) * (16 * 0.14 + 3) / 100 for _, percent in shows]
     assert moments == pytest.approx([0.14 * (k + 1) for k in range(16)], abs=1e-3)
+    # A piece of several letters takes their room.
+    lines = [("mdm_s1", [("ab", 1), ("c", 0)])]
+    pieces = [e for e in ET.fromstring(charts.writing(lines)).iter(f"{ns}text")][2:]
+    assert [e.get("x") for e in pieces] == ["10", "28"]
+
     still, moving = source.split("@media(prefers-reduced-motion")
     assert "opacity" not in still and "animation" in moving
 
