@@ -167,7 +167,7 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    local_heads: float = flag(0.5, "share of heads that begin at a neighbour", least=0)
+    local_heads: float | None = flag(None, "share that begin at a neighbour [0.5; a3: 1]", least=0)
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
@@ -489,11 +489,11 @@ def where_is(s, ckpt, given=()):
 
 def new_model(s, vocab_size):
     """A model with random weights: the fields of its Config from MODELS, or flags of that
-    name."""
+    name. A flag that nobody set leaves the field its default."""
     torch.manual_seed(s.seed)
     _, Config, fixed = MODELS[s.model]
     names = {f.name for f in fields(Config)} & {f.name for f in fields(Settings)}
-    config = {name: getattr(s, name) for name in names}
+    config = {name: getattr(s, name) for name in names if getattr(s, name) is not None}
     with cli.one_line(ValueError):
         return make_model(s.model, config | {"vocab_size": vocab_size} | fixed)
 
