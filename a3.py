@@ -83,7 +83,7 @@ class Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
+    local_heads: float = 0.75  # this share of the heads begins by looking at a neighbour
     left_neighbour: bool = True  # False: all queries begin as one vector, as in the paper
 
     def __post_init__(self):

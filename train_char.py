@@ -167,7 +167,7 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    local_heads: float | None = flag(None, "share that begin at a neighbour [0.5; a3: 1]", least=0)
+    local_heads: float | None = flag(None, "share that begin at a neighbour [.5; a3: .75]", least=0)
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
     block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
