@@ -280,7 +280,8 @@ class A3(nn.Module):
                 nn.init.zeros_(p)
 
         # Token i is in slot i + 1, and its query in slot i. So what is beside it, at -1 and 1,
-        # is 0 and 2 slots away.
+        # is 0 and 2 slots away: 0, 2, -1, 3, .. Three quarters of the heads, as with four of
+        # them two then look back. From left to right the others find nothing at the beginning.
         n = round(config.local_heads * config.n_head)
         for block in self.blocks:
             block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])

@@ -79,6 +79,7 @@ class Scorer:
             self.tokenizer = tokenizer_of(**ckpt["tokenizer"])
             self.begin = [self.tokenizer.end] if ckpt.get("separate") else []
         self.model.eval()
+        self.folder = folder
         self.window = self.model.config.seq_len
         self.device = device
         self.by = by

@@ -7,18 +7,19 @@ cut at as many. The pretrained LLaMA is there as what it is, an A3 at step 0, an
 it sees the beginning only ("before"), or is told both sides in a prompt.
 """
 
-import random
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from beyond.speculative import generate_speculative
+from experiments.answers import fitting, going_on, header_of, read_lines
 from experiments.evidence import gap_cost
 from experiments.harness import Scorer
 from experiments.runs import shown
-from experiments.tasks import WINDOW, going_on, header_of, read_lines
+from plumbing.tokenizers import HuggingFace
 
 TOLD = "The story begins: {}\nThe story ends: {}\nThe sentence between the two parts:"
 ORDERS = 4  # random orders of each story
@@ -42,10 +43,10 @@ def cut(sentences, tokenizer):
     return Story(*(tokenizer.encode(part).tolist() for part in parts))
 
 
-def choose(rows, tokenizer, seed=1):
-    """The stories that fit into a window, in an order that is the same for everyone."""
-    rows = [row["sentences"] for row in random.Random(seed).sample(rows, len(rows))]
-    return [row for row in rows if sum(map(len, cut(row, tokenizer)[:3])) <= WINDOW - 2]
+def length(sentences, tokenizer):
+    """The tokens of five sentences."""
+    before, middle, after, _ = cut(sentences, tokenizer)
+    return len(before) + len(middle) + len(after)
 
 
 def with_gap(scorer, story):
@@ -56,9 +57,14 @@ def with_gap(scorer, story):
     return x, (at >= 0) & (at < len(story.middle))
 
 
+def is_arm(scorer):
+    """Whether it is the LLaMA as it came, which a prompt may tell what it needs to know."""
+    return Path(scorer.folder, "config.json").is_file()
+
+
 # ---- what the true middle costs ------------------------------------------------------------------
 @torch.no_grad()
-def costs(scorer, story, is_arm):
+def costs(scorer, story):
     """{what is known: nats per token of the true middle}."""
     x, gap = with_gap(scorer, story)
     rows = {"left": 1, "random": ORDERS, "before": 1}
@@ -66,7 +72,7 @@ def costs(scorer, story, is_arm):
         by: gap_cost(scorer.model, x.expand(n, -1), scorer.generator(x), gap, by).mean().item()
         for by, n in rows.items()
     }
-    if is_arm:
+    if is_arm(scorer):
         [(log_p, _)] = scorer.log_likelihoods([(story.told, story.middle)])
         found["told"] = -log_p
     return {by: nats / len(story.middle) for by, nats in found.items()}
@@ -89,9 +95,9 @@ def fill(scorer, story, by, m):
     return scorer.text(before, x[0, gap].tolist()), calls
 
 
-def draws(scorer, story, is_arm):
+def draws(scorer, story):
     """{how: [text, calls]}."""
-    if not is_arm:
+    if not is_arm(scorer):
         return {f"{by} {m}": fill(scorer, story, by, m) for by, m in RULES}
     n = len(story.middle)
     sources = {"before": story.before, "told": story.told}
@@ -110,22 +116,13 @@ def rouge_l(text, target):
     return 2 * best[-1] / (len(one) + len(other)) if best[-1] else 0.0
 
 
+def answer(scorer, sentences):
+    """The costs and the draws of one story."""
+    story = cut(sentences, scorer.tokenizer)
+    return {"nats": costs(scorer, story), "draws": draws(scorer, story)}
+
+
 # ---- all of it -----------------------------------------------------------------------------------
-def work_of(folder, device):
-    """The function that does one story, which loads the model when it is first called."""
-    made = []
-
-    def work(sentences):
-        if not made:
-            made.append(Scorer(folder, device))
-        [scorer] = made
-        is_arm = Path(folder, "config.json").is_file()
-        story = cut(sentences, scorer.tokenizer)
-        return {"nats": costs(scorer, story, is_arm), "draws": draws(scorer, story, is_arm)}
-
-    return work
-
-
 def table(rows, found):
     """Print what true middles cost, how near drawn ones come, and some of these."""
     print(f"{len(rows)} stories; nats per token of the true middle sentence, the sides given")
@@ -154,15 +151,14 @@ def table(rows, found):
 
 def infill(a):
     """Costs and draws of all models."""
-    from plumbing.tokenizers import HuggingFace
-
     tokenizer = HuggingFace.at(a.folders[0])
-    stories = choose(read_lines(Path(a.data, "stories.jsonl")), tokenizer)
-    rows = stories[: a.items]
+    rows = [row["sentences"] for row in read_lines(Path(a.data, "stories.jsonl"))]
+    rows = fitting(rows, lambda sentences: length(sentences, tokenizer))
     found = {}
     for folder in a.folders:
         name = Path(folder).name
         path = Path(a.out, f"{name}_stories.jsonl")
-        header = header_of(folder, "stories", stories)
-        found[name] = going_on(path, header, rows, work_of(folder, a.device), name)
-    table(rows, found)
+        header = header_of(folder, "stories", rows, __file__)
+        load = partial(Scorer, folder, a.device)
+        found[name] = going_on(path, header, rows[: a.items], load, answer)
+    table(rows[: a.items], found)

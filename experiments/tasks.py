@@ -29,50 +29,32 @@ get the same items. An answer is a line in --out, so the same command goes on wh
 and so does one with more --items. infill shows what experiments/stories.py says.
 """
 
-import hashlib
-import json
-import random
 import re
 import string
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
+from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path
 
-from tqdm import tqdm
-
-import a3
-from beyond import llama
-from experiments import harness, packages
+from experiments import packages, stories
+from experiments.answers import fitting, going_on, header_of, read_lines
 from experiments.harness import Scorer, adapter
 from experiments.runs import shown
-from plumbing import checkpoint, cli
-from plumbing.checkpoint import write_file
+from plumbing import cli
 from plumbing.cli import UserError, need
 from plumbing.tokenizers import HuggingFace
 
-WINDOW = 128  # tokens of an item at most; the runs of table.py are trained with as many
 DATA = "data/tasks"
 RUN_ORDERS = "left", "random", "confidence"
 
 
 # ---- what is asked -------------------------------------------------------------------------------
-def read_lines(path):
-    need(Path(path).is_file(), f"no {path}; make it: python -m experiments.tasks prepare")
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
-def choose(items, tokenizer, seed=1):
-    """The items in an order that is the same for everyone, but for those whose longest text does
-    not fit into a window, beside two tokens that some models begin with."""
-    chosen = []
-    for item in random.Random(seed).sample(items, len(items)):
-        longest = max(item.get("choices", [""]), key=len)
-        room = WINDOW - 2 - packages.WRITE["max_gen_toks"] * ("answers" in item)
-        if len(tokenizer.encode(f"{item['context']} {longest}")) <= room:
-            chosen.append(item)
-    return chosen
+def longest(item, tokenizer):
+    """The tokens of an item with its longest answer."""
+    text = max(item.get("choices", [""]), key=len)
+    written = packages.WRITE["max_gen_toks"] * ("answers" in item)
+    return len(tokenizer.encode(f"{item['context']} {text}")) + written
 
 
 def questions(data, tokenizer):
@@ -81,7 +63,8 @@ def questions(data, tokenizer):
     chosen = []
     for name in packages.TASKS:
         items = read_lines(Path(data, f"{name}.jsonl"))
-        chosen.append([(name, item) for item in choose(items, tokenizer)])
+        items = fitting(items, lambda item: longest(item, tokenizer))
+        chosen.append([(name, item) for item in items])
     return [[one for one in several if one] for several in zip_longest(*chosen)]
 
 
@@ -98,43 +81,18 @@ def hf_model(folder, device):
     )  # fmt: skip
 
 
-def answer(model, item):
-    """What a model of the harness says to an item: log p of each choice in nats, or a text."""
+def answer(model, question):
+    """What a model of the harness says to a question (task, item): log p of each choice in nats, or
+    a text."""
     from lm_eval.api.instance import Instance
 
+    _, item = question
     kind, asked = "generate_until", [packages.WRITE]
     if "choices" in item:
         kind, asked = "loglikelihood", [f" {choice}" for choice in item["choices"]]
     requests = [Instance(kind, {}, (item["context"], what), 0) for what in asked]
     found = getattr(model, kind)(requests, disable_tqdm=True)
     return [log_p for log_p, _ in found] if "choices" in item else found[0]
-
-
-def going_on(path, header, units, work, name):
-    """[work(unit) for unit in units], each of them a line of the file at path. Lines that are there
-    are not made again, if the file begins with this header."""
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
-    if lines[:1] != [json.dumps(header)]:
-        lines = [json.dumps(header)]
-    whole = "\n".join(lines) + "\n"  # without half a line
-    write_file(path, lambda temporary: temporary.write_text(whole, "utf-8"))
-
-    with open(path, "a", encoding="utf-8") as f:
-        done = len(lines) - 1
-        for unit in tqdm(units[done:], name, len(units), initial=done, disable=None):
-            f.write(json.dumps(work(unit)) + "\n")
-            f.flush()
-    return read_lines(path)[1 : 1 + len(units)]
-
-
-def header_of(folder, by, units):
-    """What answers depend on: the model, the rule, the code, and all that may be asked."""
-    is_run = Path(folder, "ckpt.pt").is_file()
-    state = Path(folder, "ckpt.pt" if is_run else "model.safetensors").stat()
-    code = checkpoint.code_digest([m.__file__ for m in (a3, llama, harness, packages)] + [__file__])
-    asked = hashlib.sha256(json.dumps(units).encode()).hexdigest()[:12]
-    model = [str(folder), state.st_size, int(state.st_mtime)]
-    return {"model": model, "by": by, "code": code, "asked": asked}
 
 
 def models(folders):
@@ -220,18 +178,9 @@ def compare(asked, one, other):
     print(f"and {sum(same)} of {len(same)} written answers are the same")
 
 
-def answering(folder, by, device):
-    """The function that answers a question. It loads the model when it is first called, so not if
-    all answers are there."""
-    made = []
-
-    def work(question):
-        if not made:
-            is_hf = by == "hf"
-            made.append(hf_model(folder, device) if is_hf else adapter(Scorer(folder, device, by)))
-        return answer(made[0], question[1])
-
-    return work
+def model_of(folder, by, device):
+    """The harness's own model, or ours as the harness calls it."""
+    return hf_model(folder, device) if by == "hf" else adapter(Scorer(folder, device, by))
 
 
 def check_folders(a):
@@ -250,11 +199,11 @@ def ask(a):
     asked = list(chain.from_iterable(rounds[: a.items]))
     found = {}
     for folder, by in models(a.folders):
-        name = f"{Path(folder).name} {by}"
-        path = Path(a.out, f"{Path(folder).name}_{by}.jsonl")
-        header = header_of(folder, by, rounds)
-        work = answering(folder, by, a.device)
-        found[Path(folder).name, by] = going_on(path, header, asked, work, name)
+        name = Path(folder).name
+        path = Path(a.out, f"{name}_{by}.jsonl")
+        header = header_of(folder, by, rounds, __file__)
+        load = partial(model_of, folder, by, a.device)
+        found[name, by] = going_on(path, header, asked, load, answer)
     table(asked, found)
     compare(asked, *list(found.values())[:2])
 
@@ -275,8 +224,6 @@ def prepare(a):
 
 
 def infill(a):
-    from experiments import stories
-
     check_folders(a)
     stories.infill(a)
 

@@ -5,13 +5,14 @@ import json
 import random
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_char
-from experiments import packages, stories, table, tasks
+from experiments import answers, packages, stories, table, tasks
 from plumbing import data
 from plumbing.cli import UserError
 from plumbing.tokenizers import HuggingFace
@@ -105,29 +106,29 @@ def made(tmp_path_factory):
 
 
 def test_items_are_what_the_packages_hold(made):
-    items = tasks.read_lines(made / "piqa.jsonl")
+    items = answers.read_lines(made / "piqa.jsonl")
     assert items[0] == {
         "context": "Question: Why 0?\nAnswer:",
         "choices": ["a red fox", "a dog"],
         "gold": 1,
     }
     assert len(items) == 4
-    assert tasks.read_lines(made / "siqa.jsonl")[1]["context"] == "Q: The fox ran. Why 1?\nA:"
-    assert tasks.read_lines(made / "commonsenseqa.jsonl")[0]["choices"] == [
+    assert answers.read_lines(made / "siqa.jsonl")[1]["context"] == "Q: The fox ran. Why 1?\nA:"
+    assert answers.read_lines(made / "commonsenseqa.jsonl")[0]["choices"] == [
         "a",
         "b",
         "c",
         "d",
         "e?",
     ]
-    assert tasks.read_lines(made / "openbookqa.jsonl")[0]["context"] == "Why 0?"
+    assert answers.read_lines(made / "openbookqa.jsonl")[0]["context"] == "Why 0?"
     nq = {"context": "Q: who is the fox?\nA:", "answers": ["the Quick", "Brown"]}
-    assert tasks.read_lines(made / "nq_open.jsonl")[0] == nq
+    assert answers.read_lines(made / "nq_open.jsonl")[0] == nq
 
 
 def test_stories_have_five_sentences(made):
     """A whole one, and two pieces of a plot of eleven, which occurs three times."""
-    found = [row["sentences"] for row in tasks.read_lines(made / "stories.jsonl")]
+    found = [row["sentences"] for row in answers.read_lines(made / "stories.jsonl")]
     assert found[0] == FIVE.replace(". ", ".|").split("|")
     assert [len(story) for story in found] == [5, 5, 5]
     assert found[2][0] == "The fox saw Mr. Dog 5 times."
@@ -136,7 +137,7 @@ def test_stories_have_five_sentences(made):
 def test_the_text_has_every_passage_once_and_no_title(made):
     texts = set(data.documents_in([made / "text.jsonl"]))
     assert "The fox is quick." in texts and "This is owt_5.jsonl." in texts
-    assert len(texts) == 5 == len(tasks.read_lines(made / "text.jsonl"))
+    assert len(texts) == 5 == len(answers.read_lines(made / "text.jsonl"))
 
 
 def test_unpacked_packages_give_the_same(made, tmp_path, capsys):
@@ -161,7 +162,7 @@ def test_an_item_without_an_answer_is_left_out_and_said(tmp_path, capsys):
     base = {"question": "Why?", "options": "A. a\nB. b"}
     text = "".join(json.dumps(base | more) + "\n" for more in bad) + ONE + ONE
     made = make_data(tmp_path / "t", make_wheels(tmp_path / "w", {PIQA: text}))
-    assert len(tasks.read_lines(made / "piqa.jsonl")) == 1
+    assert len(answers.read_lines(made / "piqa.jsonl")) == 1
     assert "piqa: 1 items; 4 without an answer are left out" in capsys.readouterr().out
 
 
@@ -310,8 +311,8 @@ def test_an_item_that_is_too_long_is_asked_of_nobody(folder):
     tokenizer = HuggingFace.at(folder / "llama")
     fits = {"context": "The fox", "choices": ["a", "b"], "gold": 0}
     items = [fits, fits | {"choices": ["a", "xyz " * 40]}, {"context": "k" * 115, "answers": ["a"]}]
-    assert len(tokenizer.encode("k" * 115)) <= tasks.WINDOW - 2  # but the answer needs room
-    assert tasks.choose(items, tokenizer) == [fits]
+    assert len(tokenizer.encode("k" * 115)) <= answers.WINDOW - 2  # but the answer needs room
+    assert answers.fitting(items, lambda item: tasks.longest(item, tokenizer)) == [fits]
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -321,28 +322,33 @@ def test_what_is_broken_off_goes_on_to_the_same_file(folder, made, tmp_path, mon
     name = "llama" if by == "hf" else "adapted"
     tokenizer = HuggingFace.at(folder / "llama")
     asked = [q for r in tasks.questions(made, tokenizer)[:3] for q in r]
-    work = tasks.answering(folder / name, by, "cpu")
-    whole = tasks.going_on(tmp_path / "whole.jsonl", {"a": 1}, asked, work, "")
+    load = partial(tasks.model_of, folder / name, by, "cpu")
+    whole = answers.going_on(tmp_path / "whole.jsonl", {"a": 1}, asked, load, tasks.answer)
 
-    def stop_at(question):
+    def stop_at(model, question):
         if question == asked[6]:
             raise KeyboardInterrupt
-        return tasks.answering(folder / name, by, "cpu")(question)
+        return tasks.answer(model, question)
 
     path = tmp_path / "part.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        tasks.going_on(path, {"a": 1}, asked, stop_at, "")
+        answers.going_on(path, {"a": 1}, asked, load, stop_at)
     assert len(path.read_text().splitlines()) == 1 + 6
     with open(path, "a") as f:
         f.write("[-1.5, ")
     seen = []
-    again = tasks.going_on(path, {"a": 1}, asked, lambda q: seen.append(q) or work(q), "")
+
+    def see(model, question):
+        seen.append(question)
+        return tasks.answer(model, question)
+
+    again = answers.going_on(path, {"a": 1}, asked, load, see)
     assert again == whole and seen == asked[6:]
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
-    fewer = tasks.going_on(path, {"a": 1}, asked[:4], None, "")
+    fewer = answers.going_on(path, {"a": 1}, asked[:4], None, None)
     assert fewer == whole[:4] and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    tasks.going_on(path, {"a": 2}, asked[:2], lambda q: 0, "")
+    answers.going_on(path, {"a": 2}, asked[:2], lambda: None, lambda model, q: 0)
     assert path.read_text() == '{"a": 2}\n0\n0\n'
 
 
@@ -382,7 +388,7 @@ def test_costs_are_what_each_side_allows(folder):
     """Left side only: as if nothing came behind. Told: the same tokens behind the prompt."""
     scorer = stories.Scorer(folder / "llama")
     story = stories.cut([f"{s}." for s in FIVE.split(". ")], scorer.tokenizer)
-    got = stories.costs(scorer, story, is_arm=True)
+    got = stories.costs(scorer, story)
     n = len(story.middle)
     alone, told = scorer.log_likelihoods([(story.before, story.middle), (story.told, story.middle)])
     close(got["before"], -alone[0] / n)
@@ -394,7 +400,7 @@ def test_costs_are_what_each_side_allows(folder):
     assert abs(got["left"] - got["before"]) > 0.01 and got["random"] != got["left"]
     assert x[0, gap].tolist() == story.middle
 
-    drawn = stories.draws(scorer, story, is_arm=True)
+    drawn = stories.draws(scorer, story)
     for how, context in (("before", story.before), ("told", story.told)):
         assert drawn[how] == (scorer.write(context, n, 1.0, top_p=0.9), n)
     assert drawn["before"] != drawn["told"]
