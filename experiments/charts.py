@@ -101,9 +101,9 @@ CAPTIONS = {  # of the lines of writing(), by the model's name
     "block16": ("block diffusion", "block after block, and in any order inside of one"),
     "mdm": ("MDM", "in any order"),
     "lomdm": ("LoMDM", "in an order that it has learned"),
-    "lomdm_exp": ("LoMDM", "in an order that it has learned, by far steeper weights"),
+    "lomdm_exp": ("LoMDM", "in an order that it has learned, one character after another"),
     "a3": ("A3", "in any order, each with its exact probability"),
-    "loa3": ("LoA3", "in an order that it has learned, for the whole text at once"),
+    "loa3": ("LoA3", "forwards or backwards, as it has learned"),
 }
 SECONDS_A_CALL = 0.14
 PAUSE = 3.0  # seconds with the whole text, before it begins again

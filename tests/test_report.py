@@ -91,22 +91,13 @@ def test_readme_has_no_number_of_its_own():
 
 
 def test_what_readme_shows_was_drawn():
-    """Its strips and its film: every line has been printed by a measurement."""
+    """Its film: every line has been printed by a measurement."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    measured = [table.LOGS / f"{name}.txt" for name in ("strips", "films_long")]
-    printed = {
-        word.rstrip("↵")
-        for path in measured
-        for line in path.read_text("utf-8").splitlines()
-        for word in (line, line[14:])  # behind the name of a run
-    }
+    printed = (table.LOGS / "films_long.txt").read_text("utf-8").splitlines()
+    printed = {line[:16] for line in printed}  # the digit of a line end is left out
 
-    strips, *others = readme.split("```\n")[1::2]
-    strips = [line[8:] for line in strips.splitlines()]
-    assert len(strips) == 4 and set(strips) <= printed
-    (film,) = (block for block in others if block.startswith("film "))
+    (film,) = (block for block in readme.split("```\n")[1::2] if block.startswith("film "))
     _, *rows = film.splitlines()
-    printed |= {word[:16] for word in printed}  # the digit of a line end is left out
     assert len(rows) == 4 and {word for row in rows for word in row.split()} <= printed
 
 
