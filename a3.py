@@ -4,12 +4,12 @@ arXiv:2601.13228 ("any-order, any-subset autoregression").
 
 A masked diffusion model can write in any order, but its likelihood is only bounded, and it
 reads everything anew for every token. A GPT has an exact likelihood and a cache, but one
-order. A3 has all of it. Cut the positions of a text x (B, L) into groups G_1, .., G_K and
+order. A3 has all three. Cut the positions of a text x (B, L) into groups G_1, .., G_K and
 predict one group after another, the tokens of a group at once:
 
     log p(x)  =  sum_k  sum_{i in G_k}  log p(x_i | x_{G_1}, .., x_{G_{k-1}})             (1)
 
-    groups                           what falls out
+    groups                           what it is then
     {0}, {1}, .., {L-1}              a GPT                              chunk_groups(B, L)
     contiguous chunks of s           s tokens at a time, left to right  chunk_groups(B, L, s)
     what is visible, then the rest   one step of a masked diffusion model
@@ -28,7 +28,7 @@ every position is computed twice, with the same weights. These are the two strea
     content h_i   knows x_i, and sees the content of its own and earlier groups
     query q_i     knows i but not x_i, and sees the content of earlier groups
 
-Nobody sees a query. Its last state gives p(x_i | ..) = softmax(W q_i).
+Nobody sees a query. Of its last state, the last layer makes p(x_i | ..).
 
 As in a GPT, the sequence begins with a start token, which all may see. It is in slot 0, and
 the content of token i in slot i + 1. The query for token i stands one slot before, in slot i,
@@ -43,11 +43,11 @@ then a, then c. A row sees a column where there is a #:
              c        #     #  #  #  #               d?  3      #
              d        #        #     #
 
-The query for token i shares its slot with token i - 1. If it may see that token, it begins as
-its embedding, otherwise as one learned vector. Left to right each query then begins as a GPT's
-state in that slot does, and sees the same, so it computes the same. A trained GPT can be
-loaded as an A3 that predicts what it predicted. (In the paper all queries begin as the learned
-vector: left_neighbour=False.)
+The query for token i shares its slot with token i - 1. Its input is the embedding of that token
+if it may see it, otherwise one learned vector. Left to right each query then has the input of a
+GPT in that slot, and sees the same, so it computes the same. So a trained GPT can be loaded,
+and the A3 predicts what it predicted. (In the paper the learned vector is the input of all
+queries: left_neighbour=False.)
 
 The sections of this file:
 
@@ -105,7 +105,7 @@ class Config:
 def chunk_groups(B, L, size=1, device=None):
     """Chunks of `size` neighbours, left to right, the last perhaps shorter: groups (B, L),
     int64. size is a number, or (B, 1), a number for each text."""
-    # A tensor is not looked into, as the CPU would have to wait for a GPU.
+    # A tensor goes unchecked: to read it, the CPU would have to wait for a GPU.
     fits = torch.is_tensor(size) or size >= 1
     need(fits, f"the size of a group must be at least 1, not {size}")
     groups = torch.arange(L, device=device) // size  # (L,), or (B, L)
@@ -188,14 +188,14 @@ class Block(nn.Module):
         At first attention looks everywhere, and a [MASK] carries nothing of what is beside it.
         So a model has to discover that neighbours matter, and for hundreds of steps it knows
         only how frequent characters are. Biases of q and k can tell it: for k the vector (c, ..,
-        c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
+        c, 0, .., 0), and for q this vector as rotate() turns it at position d. Pair j of channels
         turns by f_j radians a position, so the product of the two begins as
 
             c^2 sum_j cos(f_j (position of key - position of query - d))
 
         which is largest for the key at the distance d, the left neighbour if d is -1. Attention
-        divides it by the root of the channels a head. With c = 5 and 32 channels, that key
-        then weighs e^3 times one beside it. It is only the beginning: training may move it.
+        divides it by sqrt(head_dim). With c = 5 and head_dim 32, that key then weighs e^3 times
+        one beside it. It is only the beginning: training may move it.
         The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
@@ -279,9 +279,10 @@ class A3(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-        # Token i is in slot i + 1, and its query in slot i. So what is beside it, at -1 and 1,
-        # is 0 and 2 slots away: 0, 2, -1, 3, .. Three quarters of the heads, as with four of
-        # them two then look back. From left to right the others find nothing at the beginning.
+        # The query for token i is in slot i, and tokens i - 1 and i + 1 are in slots i and
+        # i + 2, at the distances 0 and 2. Then come -1, 3, .. (Content is in a slot of its own,
+        # and counts from there.) With three of four heads local, two look back, and one ahead,
+        # where it finds nothing if texts are read from left to right.
         n = round(config.local_heads * config.n_head)
         for block in self.blocks:
             block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])

@@ -13,8 +13,8 @@ training step, for texts x (B, L) and a transformer without causal mask:
     loss = ((nll * hidden).sum(1) / hidden.sum(1)).mean()  # the hidden ones count
 
 Why does this loss bound -log p(x)? The model writes a text by drawing an order and then
-revealing the positions one after another. Let mu be its guess of a token. The probability of a
-text is a sum over all orders, as it may have been written in any of them:
+revealing the positions one after another. Let mu be the probability that it gives a token. The
+probability of a text is a sum over all orders, as it may have been written in any of them:
 
     p(x) = sum_order  prod_k  q_hat(order_k | revealed) mu(x at order_k | revealed)         (1)
 
@@ -24,7 +24,7 @@ distribution q of orders, even one that has seen the text. Multiply and divide e
 so that the sum becomes a mean over orders that are drawn from q. The log of a mean is at least
 the mean of the logs:
 
-    p(x) = E_{order ~ q} prod_k  q_hat mu / q
+    p(x) = E_{order ~ q} prod_k  (q_hat mu / q)
 
     -log p(x) <= E_{order ~ q} sum_k [ -log mu + log q(order_k | revealed, x)               (2)
                                                - log q_hat(order_k | revealed) ]
@@ -39,7 +39,7 @@ What if some orders are better than others? LoMDM gives every position a weight,
 position is drawn from the hidden ones in proportion to the weights. For q, a layer with a head
 of its own reads the weights w off the clean text x, in training only. For q_hat, a head of the
 network guesses them from what is revealed, and that guess w_hat is used to write. So the model
-pays, in (2), for every order that it cannot guess. The same class then contains four models:
+pays, in (2), for every order that it cannot guess. The class LoMDM then contains four models:
 
     ARM              block_len = 1             one position at a time, left to right: a GPT
     MDM              block_len = seq_len       any order, all equally likely (MDLM, LLaDA)
@@ -49,13 +49,13 @@ pays, in (2), for every order that it cannot guess. The same class then contains
 Everything is in nats (divide by ln 2 for bits). The sections of this file:
 
     1  the network                      a transformer whose attention may see both sides
-    2  orders                           the race, and heads that choose its weights
+    2  orders                           drawn by weights, and heads that give these
     3  the cost of one step             equation (2), for one k
     4  the model                        what it reads, its loss, its bound, how it writes
     5  tools for sampling               how sure is a guess, and how to draw a token
     6  the same, cheaper                evenly spread k, a cache, logits in chunks
     7  not the same, and faster         training more on the middle of an order
-    8  the papers' clock                the same bound as an integral over time, in full
+    8  the papers' clock                their bound: an integral over time, in full
 """
 
 import math
@@ -116,7 +116,7 @@ class Config:
 # ---- 1. the network ----------------------------------------------------------------------
 # This is a GPT with the parts of LLaMA: RMSNorm, rotary embeddings, a gated MLP. Only the
 # attention mask differs between the models, and each model says in section 4 which mask it
-# wants.
+# wants. A Block is a layer of it. A block of text, block_len tokens long, is another thing.
 
 
 def rotary_tables(pos, head_dim):
@@ -160,8 +160,8 @@ class Block(nn.Module):
     def forward(self, h, rotary, mask, rows=None):
         """h (B, T, C) -> (B, T, C). rotary comes from rotary_tables(). The mask tells who sees
         whom: None if all see all, CAUSAL, or a table (T, T) in which a row sees a column if
-        True. With rows (and a table) only the first `rows` places are computed, (B, rows, C).
-        They still see the others."""
+        True. Given `rows` (and a table), only so many places are computed, the first ones:
+        (B, rows, C). They still see the others."""
         q, k, v = self.project(h, rotary)
         if rows is not None:
             return self.attend(h[:, :rows], q[:, :, :rows], k, v, mask[:rows])
@@ -173,14 +173,14 @@ class Block(nn.Module):
         At first attention looks everywhere, and a [MASK] carries nothing of what is beside it.
         So a model has to discover that neighbours matter, and for hundreds of steps it knows
         only how frequent characters are. Biases of q and k can tell it: for k the vector (c, ..,
-        c, 0, .., 0), and for q the same vector as rotate() would turn it at position d. Pair j
+        c, 0, .., 0), and for q this vector as rotate() turns it at position d. Pair j of channels
         turns by f_j radians a position, so the product of the two begins as
 
             c^2 sum_j cos(f_j (position of key - position of query - d))
 
         which is largest for the key at the distance d, the left neighbour if d is -1. Attention
-        divides it by the root of the channels a head. With c = 5 and 32 channels, that key
-        then weighs e^3 times one beside it. It is only the beginning: training may move it.
+        divides it by sqrt(head_dim). With c = 5 and head_dim 32, that key then weighs e^3 times
+        one beside it. It is only the beginning: training may move it.
         The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
@@ -252,17 +252,17 @@ class Order(nn.Module):
         normsig   w_i = c1 + c2 (sigmoid(v_i) - mean_j sigmoid(v_j))       the paper's
         exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     far steeper
 
-    With normsig and the default c1 and c2, the largest weight may be 27 times the smallest,
-    with exp e^16 times. Subtracting the mean keeps the weights near c1 or 1, and with exp it
-    changes no order.
+    With normsig and the default c1 and c2, the largest weight is at most c1 / (c1 - c2) = 14
+    times the smallest, with exp e^16 times. Subtracting the mean gives the weights the mean c1,
+    or with exp the geometric mean 1, and with exp it changes no order.
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
-    It leaves the uniform order only if that pays. With c2 = 0 it never leaves it. Only c2 / c1
-    matters, as weights that are all doubled give the same orders.
+    With c2 = 0 it stays one. Only c2 / c1 matters, as weights that are all doubled give the
+    same orders.
 
-    The map is divided by 8. Adam moves a weight by about the learning rate, be its gradient
+    The map is divided by 8. Adam moves a parameter by about the learning rate, be its gradient
     signal or noise, and where no order is better than others, the gradient of an order is all
-    noise. Without the 8 the order then wanders off. On Shakespeare that cost 0.02 nats."""
+    noise. Undivided, the order then wanders off. On Shakespeare that cost 0.02 nats."""
 
     def __init__(self, config):
         super().__init__()
@@ -343,9 +343,8 @@ class LoMDM(nn.Module):
         C = config.n_embd
         self.wte = nn.Embedding(config.vocab_size + 1, C)  # the last row is [MASK]
 
-        # Rotary embeddings tell distances only. If all tokens are [MASK], every position sees
-        # the same at all distances, and no order could prefer a place to start. Hence wpe
-        # besides.
+        # Rotary embeddings tell distances only. If all tokens are [MASK], all positions look
+        # alike, and no order could prefer a place to start. Hence wpe besides.
         self.wpe = nn.Embedding(config.seq_len, C)
         self.blocks = nn.ModuleList(Block(config, config.dropout) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(C, eps=1e-5)
@@ -373,8 +372,8 @@ class LoMDM(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-        # An ARM's place i holds token i - 1 itself, and sees what is before. In other models it
-        # holds token i, and sees both sides.
+        # An ARM's place i holds token i - 1, so that neighbour is at distance 0. In other models
+        # it holds token i, and sees both sides.
         n = round(config.local_heads * config.n_head)
         if config.block_len == 1:
             distances = [-i for i in range(n)]  # 0, -1, -2, ..
@@ -475,8 +474,8 @@ class LoMDM(nn.Module):
 
     def order_weights(self, x):
         """w(x) (B, L): the weights of q. That of a position comes from the clean x up to the end
-        of its block. They do not shape the embeddings, hence detach(), as the gradient of an
-        order is noisy."""
+        of its block. detach() keeps the gradient of the order, which is noisy, from shaping the
+        embeddings."""
         tokens, pos, mask = self.inputs(x)
         h = (self.wte(tokens) + self.wpe(pos)).detach()
         if self.config.learn_order:
@@ -501,15 +500,15 @@ class LoMDM(nn.Module):
     def loss(self, x):
         """What training minimises, for x (B, L): a loss whose gradient counts, and a dict of
         detached metrics. Report metrics["nelbo"] (negative evidence lower bound), which is the
-        bound (2) in nats per token. (The loss is this bound, too, unless middle_steps weighs
-        some of its steps more: see section 7.)
+        bound (2) in nats per token.
 
-        Without a learned order, this is the six lines at the top of the file. With one,
-        autograd cannot see how w changes which order is drawn. REINFORCE can: to the gradient
-        of the cost it adds cost grad log q. That is noisy. But E grad log q is 0, as the
-        probabilities of all orders always sum to 1. So any number that does not depend on the
-        order may be subtracted from this cost, and the mean stays as it is. So draw two orders
-        for each text, at the same k, and subtract the cost of the other one:
+        Without a learned order, this is the six lines at the top of the file, up to how k is
+        drawn (sections 6 and 7), and without middle_steps it is the bound. With a learned
+        order, autograd cannot see how w changes which order is drawn. REINFORCE can: to the
+        gradient of the cost it adds cost * (grad log q). That is noisy. But E grad log q is 0,
+        as the probabilities of all orders always sum to 1. So any number that does not depend
+        on the order may be subtracted from this cost, and the mean stays as it is. So draw two
+        orders for each text, at the same k, and subtract the cost of the other one:
 
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
@@ -539,7 +538,7 @@ class LoMDM(nn.Module):
         # Guess the hidden tokens, and the weights, in one pass of the network.
         token_nll, w_hat = self.predict_masked(x.repeat(draws, 1), hidden)
 
-        # The bound, or what is like it if some steps come more often.
+        # The bound, or with middle_steps one that weighs some steps more.
         recon, order_cost, _ = jump_terms(token_nll, w, w_hat, hidden)  # (draws B, n) each
         cost = recon + order_cost
         per_token = 1 / (draws * B * L)  # two draws: their mean, which is the / 2 of (3)
@@ -699,7 +698,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 # ---- 6. the same, cheaper ----------------------------------------------------------------
-# Nothing in this section changes what is computed. It saves noise, time or memory.
+# Nothing in this section changes the mean of what is computed. It saves noise, time or memory.
 
 
 def stratified_counts(B, n, K, generator=None, device=None):
@@ -710,21 +709,21 @@ def stratified_counts(B, n, K, generator=None, device=None):
     easy. That noise has nothing to do with the model. Without it the loss of a batch of 16
     texts, for a small trained model, scatters by 0.10 nats per token in place of 0.16.
 
-    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount, here
-    turn / K places. A block that stands at the share s of the circle reveals s K positions,
-    rounded down. The blocks of one text stand far apart, so that each text has easy and hard
-    ones. With B = 4, n = 1 and K = 4 the shares are 0, 1/4, 1/2, 3/4 plus the turn, and k is
-    0, 1, 2, 3 in some rotation."""
+    How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount,
+    turn / K of their spacing. A block that stands at the fraction s of the circle reveals s K
+    positions, rounded down. The blocks of one text stand far apart, so that each text has easy
+    and hard ones. With B = 4, n = 1 and K = 4 the fractions are 0, 1/4, 1/2, 3/4 plus the turn,
+    and k is 0, 1, 2, 3 in some rotation."""
     N = B * n
     row = torch.arange(B, device=device)[:, None]
     block = torch.arange(n, device=device)
 
     # The place of each block on the circle, (B, n): each of 0 .. N-1 once. Column j holds the
-    # places j, j + n, j + 2 n, .., from another row on in each column, so that the places in a
-    # row are far apart. For B = 4 and n = 2 the rows are  0 5,  2 7,  4 1,  6 3.
+    # places j, j + n, j + 2 n, .., and begins with them in another row, so that the places in
+    # a row are far apart. For B = 4 and n = 2 the rows are  0 5,  2 7,  4 1,  6 3.
     number = (row + block * B // n) % B * n + block
     turn = torch.randint(N * K, (1,), generator=generator, device=device)
-    return (number * K + turn) % (N * K) // N  # the share (number + turn / K) / N, times K
+    return (number * K + turn) % (N * K) // N  # the fraction (number + turn / K) / N, times K
 
 
 class CachedReader:
@@ -785,8 +784,8 @@ def nll(model, h, x):
     x).
 
     The added code is so that at most MAX_LOGITS logits exist at a time. With a large
-    vocabulary they are most of the memory. Beyond that they come in chunks, and again in the
-    backward pass."""
+    vocabulary they are most of the memory. More of them are made in chunks, and made again in
+    the backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
         # By default the id -100 is ignored. Here no id is, so that a wrong one is an error.
@@ -800,19 +799,19 @@ def nll(model, h, x):
 # The bound counts all steps k of an order alike. Are all of them worth as much in training? At
 # the first steps nearly nothing is visible, and there is little to learn but how frequent
 # tokens are. At the last ones few tokens are hidden, and a step that teaches from few tokens is
-# noisy. So training may weigh the middle more. The best model stays the best one: what a
-# network should say where some set of tokens is visible does not depend on how often it is
-# asked. Only what it gives up where it is too small does, and which order is best.
+# noisy. So training may weigh the middle more. What a network should best say where some set
+# of tokens is visible does not depend on how often it is asked. What does depend on it: where a
+# network that is too small for everything makes its errors, and which order is best.
 
 
 def middle_counts(k, K):
     """Counts k (..) that are uniform on {0 .. K-1} -> counts (..) of which those in the middle
     come more often, and how many times as often each of them comes, (K,).
 
-    The added code is so that an MDM learns in two thirds of the steps. k / K gets a density
-    that rises in a straight line from 0 at 0 to 2 at 1/2, and falls in one to 0 at 1. Its
-    integral from 0 to s is 2 s^2, and beyond the middle 1 - 2 (1 - s)^2. Where this integral
-    is a uniform number u, there is a draw from it. For K = 4 the counts come 1/2, 3/2, 3/2 and
+    The added code is so that an MDM learns in two thirds of the steps. k / K gets a triangular
+    density: 0 at 0, 2 at 1/2, 0 at 1, straight lines between. Its integral from 0 to s is
+    2 s^2, and beyond the middle 1 - 2 (1 - s)^2. Setting the integral to a uniform number u and
+    solving for s draws from it. For K = 4 the counts come 1/2, 3/2, 3/2 and
     1/2 times as often."""
     u = (k + torch.rand(k.shape, device=k.device)) / K  # uniform on [0, 1]
     s = torch.where(u < 0.5, (u / 2).sqrt(), 1 - ((1 - u) / 2).sqrt())
@@ -823,8 +822,9 @@ def middle_counts(k, K):
 
 
 # ---- 8. the papers' clock ----------------------------------------------------------------
-# The papers reach the same objective on another road, with a clock. A reader of OeMDM looks
-# for what is below. Nothing above needs it, and the tests tie the two together:
+# The papers reach this objective, and one part more, on another road: with a clock. A reader of
+# OeMDM, the paper's name for LoMDM whose order is not learned, looks for what is below. Nothing
+# above needs it, and the tests tie the two together:
 # test_paper_bound_is_the_integral_over_time and
 # test_time_form_has_the_papers_bound_as_its_mean.
 #
@@ -834,19 +834,19 @@ def middle_counts(k, K):
 #
 #     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                               (4)
 #
-# which means: in a short time dt with probability A^i dt. (The i of alpha^i and A^i is an
+# that is, with probability A^i dt in a short time dt. (The i of alpha^i and A^i is an
 # index, as in the papers, and not a power.)
 #
 # LoMDM takes alpha^i = 1 - t^{w_i}, so its rate A^i is w_i / t. All hidden positions share the
 # factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2,
-# in which the time is -log t and grows while t falls: i is hidden with probability t^{w_i},
-# which is the probability that it has not arrived, Exponential(1) / w_i > -log t.
+# with -log t for its time, which grows while t falls: i is hidden with probability t^{w_i},
+# and just so likely is Exponential(1) / w_i > -log t, that is, i has not arrived.
 #
 # The model reveals at a rate of its own, A_hat^i = w_hat_i / t. So in each dt, backwards in
-# time, a coin with probability A dt says what the noise reveals, and one with A_hat dt what
-# the model does. Heads add A dt log(A / A_hat) to the KL divergence of the two coins, tails
-# (1 - A dt) log((1 - A dt) / (1 - A_hat dt)), which is (A_hat - A) dt to first order. Added up
-# over time,
+# time, one coin says whether the noise reveals i, with probability A dt, and another whether
+# the model does, with A_hat dt. Heads add A dt log(A / A_hat) to the KL divergence of the two
+# coins, tails (1 - A dt) log((1 - A dt) / (1 - A_hat dt)), which is (A_hat - A) dt to first
+# order. Added up over time,
 #
 #     -log p(x)  <=  int_0^1 E_z sum_{i hidden} [ A^i (-log mu^i(x_i))             token    (5)
 #                            + A^i log(A^i / A_hat^i) - A^i + A_hat^i ] dt         order
@@ -861,8 +861,8 @@ def middle_counts(k, K):
 #     int D / t dt  =  int (D / W) (W / t) dt  =  E [ sum over the steps of D / W ]
 #
 # Why not train on (5), at a random time? It has the weight w / t, which is large where t is
-# small. Something is hidden there with probability about t^w, so its square has a mean like
-# the integral of t^w / t^2, which is infinite if w <= 1. In (2), where a step is drawn and not
+# small. Something is hidden there with probability about t^w, so the mean square is like the
+# integral of t^w / t^2, which is infinite if w <= 1. In (2), where a step is drawn and not
 # a time, no position weighs more than K.
 
 
@@ -913,8 +913,8 @@ def nelbo_terms_at(model, x, t, w, generator=None):
     log_mu = F.log_softmax(model.logits(h), dim=-1)  # (B, L, V)
     recon, order = nelbo_rate(log_mu, x, hidden, velocity, velocity_hat)
 
-    # Each position is hidden on its own. A probability of 0 is never drawn, but its logarithm
-    # would be differentiated, hence clamp().
+    # Each position is hidden on its own. where() differentiates also the side that it does not
+    # take, so clamp() keeps that logarithm finite.
     visible = alpha.clamp(1e-6, 1 - 1e-6)
     log_q = torch.where(hidden, (1 - visible).log(), visible.log()).sum(-1)
     return recon, order, log_q
@@ -929,7 +929,8 @@ def nelbo_at(model, x, t, generator=None):
 
 class ByTime(LoMDM):
     """LoMDM, trained as in the papers: the bound (5) at one random time for each text. It has
-    the mean of LoMDM.loss() plus the cost of guessing the times, and is noisier.
+    the mean of LoMDM.loss() without middle_steps, plus the cost of guessing the times, and is
+    noisier.
     Checkpoints of the two classes fit each other."""
 
     def loss(self, x, t=None):
