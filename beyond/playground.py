@@ -18,9 +18,8 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from beyond import llama, loa3
+from beyond import loa3
 from plumbing import checkpoint, cli, pictures
 from plumbing.cli import need
 from plumbing.data import TEXT_LEN
@@ -91,17 +90,16 @@ def weights_of(model):
 
 
 def load(out_dir):
-    """A run as the page wants it: {name, label, about, kind, learned, rowLength, config, vocab,
+    """A run as the page wants it: {name, about, kind, learned, rowLength, config, vocab,
     weights}. UserError if there is none, or it is no model of characters."""
     ckpt, model = checkpoint.load(Path(out_dir) / "ckpt.pt", make_model)
     kind = ckpt["tokenizer"]["kind"]
     need(kind == "char", f"{out_dir} has the tokenizer {kind}; the page is for characters only")
-    need(not isinstance(model, llama.Llama), f"{out_dir} is a LLaMA; the page cannot compute it")
 
     data = ckpt["settings"]["data"]
     row = TEXT_LEN.get(data, 0) // FILM_ROWS  # 0: no film
     what = "films" if row else Path(data).name
-    most = "" if ckpt["model_name"] == "arm" else "at most "  # the others have bounds
+    most = "" if ckpt["model_name"] == "arm" else "at most "  # a bound, or a mean over orders
     best = f"{most}{ckpt['best']:.2f} nats for each character of a text that it had not seen"
     about = f"Trained on {what} for {ckpt['step']:,} steps: it paid {best}."
     is_loa3 = isinstance(model, loa3.LoA3)
@@ -130,10 +128,12 @@ LABELS = {
 def label(models, out_dirs):
     """Give each model a label of its own: its name, and the folder if two have the same name."""
     names = [model["name"] for model in models]
-    for model, out_dir in zip(models, out_dirs, strict=True):
+    short = [Path(out_dir).name for out_dir in out_dirs]
+    folders = short if len({*short}) == len(short) else out_dirs
+    for model, folder in zip(models, folders, strict=True):
         name = model["name"]
         alone = names.count(name) == 1
-        model["label"] = LABELS.get(name, name) + ("" if alone else f" in {Path(out_dir).name}")
+        model["label"] = LABELS.get(name, name) + ("" if alone else f" in {folder}")
 
 
 def examples_for(model):
@@ -143,11 +143,12 @@ def examples_for(model):
         return film_examples(model)
 
     verse = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind"[:L]
+    n = len(verse)
     texts = [
         ("every second word", re.sub(r"(\w+\W+)(\w+)", lambda m: m[1] + "_" * len(m[2]), verse)),
         ("a beginning", "ROMEO:\n".ljust(L, "_")),
         ("an end", verse[: L // 3].rjust(L, "_")),
-        ("a gap in the middle", verse[: L // 4] + "_" * (L // 2) + verse[3 * L // 4 :]),
+        ("a gap in the middle", verse[: n // 4] + "_" * (n // 2) + verse[3 * n // 4 :]),
         ("nothing at all", "_" * L),
     ]
     known = {*model["vocab"], "_"}
@@ -155,7 +156,7 @@ def examples_for(model):
 
 
 def film_examples(model):
-    """A film with nothing given, with its last row, and with its first."""
+    """A film with nothing given, with its last row, with its first, and with a hole."""
     L, row = model["config"]["seq_len"], model["rowLength"]
     (film,) = films(1, seed=1, both=row > 17)
     texts = [
@@ -171,10 +172,12 @@ def page(out_dirs):
     """The page, as text, for the runs in these folders."""
     models = [load(out_dir) for out_dir in out_dirs]
     label(models, out_dirs)
-    examples = dict.fromkeys(pair for model in models for pair in examples_for(model))
+    examples = {}
+    for model in models:
+        examples = dict(examples_for(model)) | examples  # of one name, that of the first model
     data = {
         "models": models,
-        "examples": [{"name": name, "text": text} for name, text in examples],
+        "examples": [{"name": name, "text": text} for name, text in examples.items()],
         "made": "Made by beyond/playground.py, which rounds weights to 14.6 bits.",
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
@@ -194,8 +197,7 @@ def main(argv=None):
     a = parse(argv)
     need(a.html, "--html is empty")
     need(Path(a.html).name not in checkpoint.RUN_FILES, f"--html {a.html} is a file of a run")
-    with torch.no_grad():
-        pictures.write(a.html, page(a.out_dirs))
+    pictures.write(a.html, page(a.out_dirs))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import a3
 from beyond import llama, speculative
 from experiments import harness, packages
 from plumbing import checkpoint
-from plumbing.checkpoint import write_file
+from plumbing.checkpoint import write_text
 from plumbing.cli import need
 
 WINDOW = 128  # tokens of an item at most; the runs of table.py are trained with as many
@@ -25,34 +25,36 @@ def read_lines(path):
         return [json.loads(line) for line in f]
 
 
-def fitting(items, length, seed=1):
-    """The items in an order that is the same for everyone, but for those of which length(item)
-    tokens do not fit into a window, beside two tokens that some models begin with."""
-    items = random.Random(seed).sample(items, len(items))
+def fitting(items, length):
+    """The items in an order that is random and always the same, without those of which length(item)
+    tokens are more than WINDOW - 2. Some models begin with a token or two of their own."""
+    items = random.Random(1).sample(items, len(items))
     return [item for item in items if length(item) <= WINDOW - 2]
 
 
 def header_of(folder, by, asked, *files):
-    """What answers depend on: the model, the rule, all that may be asked, and the code, with these
-    files of it."""
+    """What answers depend on: the model, the rule, all that may be asked, and the code. files: what
+    else of the code they depend on."""
     is_run = Path(folder, "ckpt.pt").is_file()
     state = Path(folder, "ckpt.pt" if is_run else "model.safetensors").stat()
     common = (m.__file__ for m in (a3, llama, speculative, harness, packages))
     code = checkpoint.code_digest([*common, __file__, *files])
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
-    model = [str(folder), state.st_size, int(state.st_mtime)]
+    model = [str(Path(folder)), state.st_size, int(state.st_mtime)]
     return {"model": model, "by": by, "code": code, "asked": digest}
 
 
 def going_on(path, header, asked, load, answer):
     """[answer(model, one) for one in asked], each of them a line of the file at path. Lines that
-    are there are not made again, if the file begins with this header. load() makes the model, and
-    is called when the first answer is missing."""
+    are there are not made again, if the file begins with this header. With another one it is kept
+    as PATH.old. load() makes the model, and is called when the first answer is missing."""
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
     if lines[:1] != [json.dumps(header)]:
+        if lines:
+            path.replace(f"{path}.old")
         lines = [json.dumps(header)]
     whole = "\n".join(lines) + "\n"  # without half a line
-    write_file(path, lambda temporary: temporary.write_text(whole, "utf-8"))
+    write_text(path, whole)
 
     done = len(lines) - 1
     if done < len(asked):

@@ -24,7 +24,8 @@ CELL = 16  # pixels
 # ---- who sees whom -------------------------------------------------------------------------------
 def mask_of(L, block_len):
     """What a row of a text of L tokens sees while it is written, (L, L) bool, by lomdm.py."""
-    model = lomdm.LoMDM(lomdm.Config(2, L, 1, 1, 2, block_len=block_len))
+    size = dict(vocab_size=2, seq_len=L, n_layer=1, n_head=1, n_embd=2)
+    model = lomdm.LoMDM(lomdm.Config(**size, block_len=block_len))
     _, _, mask = model.inputs(torch.zeros(1, L, dtype=torch.long))
     whole = torch.ones(L, L, dtype=torch.bool)
     if mask is lomdm.CAUSAL:
@@ -46,15 +47,13 @@ def masks(a):
     groups = [1, 0, 2, 0]
     content, query = masks_of_a3(groups)
     names = ["start", *"abcd"]
+    eight = "01234567"
+    own_block = "its own block of 4, and those before"
     tables = [
-        ("GPT", "what is before, and itself", mask_of(8, 1), "01234567", "01234567"),
-        (
-            "block diffusion",
-            "its own block of 4, and those before",
-            mask_of(8, 4),
-            *2 * ["01234567"],
-        ),
-        ("MDM", "everything", mask_of(8, 8), *2 * ["01234567"]),
+        # A GPT's place i reads token i - 1, and place 0 the start token.
+        ("GPT", "what comes before it", mask_of(8, 1), eight, "s0123456"),
+        ("block diffusion", own_block, mask_of(8, 4), eight, eight),
+        ("MDM", "everything", mask_of(8, 8), eight, eight),
         ("A3, content", "its own group and earlier ones: bd, a, c", content, names, names),
         ("A3, queries", "earlier groups, and not its own token", query, [*"abcd"], names),
     ]
@@ -126,16 +125,20 @@ def attention(model, z):
 def heads(a):
     """Where each head of the first layer looks, in half-hidden validation texts: with the weights
     with which training began, and with those that it found. For every layer it prints at which
-    distance a head looks most, and how much."""
+    distance, of up to 6, a head looks most, and how much."""
     run = Run(a.out_dir, windows=a.windows)
     run.need_lomdm()
     config = run.model.config
     need(config.local_heads > 0, f"{a.out_dir} was trained without local heads")
+    began = run.ckpt["settings"]["init_from"]
+    need(not began, f"{a.out_dir} began with the weights of {began}, which are not here")
     torch.manual_seed(run.ckpt["settings"]["seed"])
     fresh = lomdm.LoMDM(config).eval()
 
     hidden = torch.rand(run.val.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    z = run.val.masked_fill(hidden & (config.block_len > 1), run.model.mask_id)
+    one = config.block_len in (1, config.seq_len)
+    need(one, f"{a.out_dir} has several blocks; this is for an ARM or for one block")
+    z = run.val if config.block_len == 1 else run.val.masked_fill(hidden, run.model.mask_id)
     series = {}
     for when, model in (("before", fresh), ("after", run.model)):
         found = attention(model, z)

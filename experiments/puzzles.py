@@ -1,5 +1,5 @@
 """
-Texts whose good orders are known: easy in one order, hard in others.
+Texts whose good orders are known: most are easy in one order and hard in others.
 
     python -m experiments.puzzles scrambled --to data/scrambled.txt
     python train_char.py --model lomdm --weights exp --data data/scrambled.txt --text_len 68
@@ -12,9 +12,9 @@ others have to find. What a text costs at least, by the way it is made:
     scrambled   films whose cells changed places, all in one way      16 ln 2         11.0904
     marked      films scrambled in one of four ways, and a mark       16 ln 2 + ln 4  12.4766
                 that tells which
-    star        edges in random order of a star with four arms, two   see star()    47.0756
+    star        edges in random order of a star with four arms, two   star_cost()   47.0756
                 names, and the path between them from its centre
-    sudoku      a 4 x 4 sudoku, filled in                             ln 288           5.6630
+    sudoku      a 4 x 4 sudoku, filled in; there are only 288         ln 288           5.6630
 
 In films each cell follows from three of the moment before. In a star the path is easy from its end,
 as each node has one edge that leads to it, and hard from the centre, where four arms begin.
@@ -23,15 +23,13 @@ as each node has one edge that leads to it, and hard from the centre, where four
 import itertools
 import math
 from argparse import RawDescriptionHelpFormatter
-from pathlib import Path
 
 import numpy as np
 
 from plumbing import cli
-from plumbing.checkpoint import write_file
+from plumbing.checkpoint import write_text
 from plumbing.films import films
 
-CELLS = 64
 TIME = np.arange(68).reshape(4, 17)[::-1].ravel()  # a film's positions, first moment first
 ARMS = 4
 LONG = 3  # edges of an arm
@@ -47,8 +45,8 @@ def plain(n, seed):
 
 
 def scrambling(seed):
-    """Where a scrambled film has the characters of a film, as a list of positions: cells change
-    places with cells, and line ends stay."""
+    """The positions (68,) in a film of the characters of a scrambled film: cells change places
+    with cells, and line ends stay."""
     places = np.arange(68).reshape(4, 17)
     cells = places[:, :-1].ravel()
     places[:, :-1] = np.random.default_rng(seed).permutation(cells).reshape(4, 16)
@@ -63,7 +61,7 @@ def scramble(film, places):
 
 
 def scrambled(n, seed):
-    places = scrambling(0)  # the same in training and validation
+    places = scrambling(0)  # whatever the seed of the films
     for film in films(n, seed):
         yield scramble(film, places)
 
@@ -115,7 +113,7 @@ def sudoku(n, seed):
         yield every[i] + "\n", list(range(17))
 
 
-PUZZLES = {  # the least cost of a text, in nats
+PUZZLES = {  # (what makes them, the least cost of a text in nats)
     "films": (plain, 16 * math.log(2)),
     "scrambled": (scrambled, 16 * math.log(2)),
     "marked": (marked, 16 * math.log(2) + math.log(4)),
@@ -133,12 +131,13 @@ def main(argv=None):
     p.add_argument("--in_order", action="store_true", help="each text in its good order")
     a = p.parse_args(argv)
     cli.check_range("n", a.n, 1, 2**24)
+    cli.check_range("seed", a.seed, 0, 2**32)
 
     make, least = PUZZLES[a.puzzle]
     texts = []
     for text, order in make(a.n, a.seed):
         texts.append("".join(text[i] for i in order) if a.in_order else text)
-    write_file(Path(a.to), lambda path: path.write_text("".join(texts), "utf-8"))
+    write_text(a.to, "".join(texts))
     L = len(texts[0])
     print(
         f"{a.to}: {a.n:,} texts of {L} characters (--text_len {L}), each {least:.4f} nats or more"

@@ -5,7 +5,7 @@ nothing has been trained yet.
     python -m experiments.ready runs/loa3_s1 ready/loa3
 
 Weights are rounded to bfloat16, which halves the file. What the rounded model costs on validation
-text is printed, beside what the run reported.
+text is printed, beside what the unrounded one does.
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -16,10 +16,12 @@ import torch
 import train_char
 from experiments.runs import Run
 from plumbing import checkpoint, cli
+from plumbing.cli import need
 
 
 def round_weights(ckpt):
-    """The same checkpoint with its weights in bfloat16, which load_state_dict() turns back."""
+    """The same checkpoint with its weights in bfloat16, which load_state_dict() turns back. save()
+    adds the format, and in which folder the run was made is nobody's business."""
     weights = {name: p.to(torch.bfloat16) for name, p in ckpt["model"].items()}
     state = {name: value for name, value in ckpt.items() if name != "format"}
     return state | {"model": weights, "cwd": ""}
@@ -31,7 +33,7 @@ def cost(run):
     text = run.val.flatten().cpu().numpy()
     s = train_char.Settings(seq_len=run.val.shape[1], eval_windows=len(run.val))
     figure, nats, error = train_char.estimate_loss(run.model, text, s, "cpu")[0]
-    return f"{nats:.4f} ± {error:.4f} ({figure})"
+    return train_char.as_text(figure, nats, error, run.tokenizer.unit)
 
 
 def main(argv=None):
@@ -42,6 +44,8 @@ def main(argv=None):
     a = p.parse_args(argv)
     cli.check_range("windows", a.windows, 2, 2**20)
 
+    same = Path(a.out_dir).resolve() == Path(a.to).resolve()
+    need(not same, "the small checkpoint would overwrite the run's; name another folder")
     run = Run(a.out_dir, windows=a.windows)
     path = Path(a.to, "ckpt.pt")
     checkpoint.save(path, round_weights(run.ckpt))

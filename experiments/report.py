@@ -255,7 +255,7 @@ def curves(picture, *names):
 
     what = "nats per token, validation"
     svg = charts.chart(series, "steps", what)
-    checkpoint.write_file(HERE / "pictures" / picture, lambda path: path.write_text(svg, "utf-8"))
+    checkpoint.write_text(HERE / "pictures" / picture, svg)
     return f"![{what}](pictures/{picture})"
 
 
@@ -339,7 +339,7 @@ def main(argv=None):
     parse(argv)
     need(HERE.is_dir(), "start it where train_char.py is")
     text = page()
-    checkpoint.write_file(HERE / "RESULTS.md", lambda path: path.write_text(text, "utf-8"))
+    checkpoint.write_text(HERE / "RESULTS.md", text)
     print(f"wrote {HERE / 'RESULTS.md'}")
 
 

@@ -135,7 +135,7 @@ def keep(item, machine):
     same code, the first log stands."""
     if is_due(item, again=True):
         text = "\n".join(log_of(item, machine)) + "\n"
-        checkpoint.write_file(item.log, lambda path: path.write_text(text, "utf-8"))
+        checkpoint.write_text(item.log, text)
     marker(item.name).unlink(missing_ok=True)
 
 

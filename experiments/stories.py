@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from beyond.speculative import generate_speculative
+from experiments import evidence
 from experiments.answers import fitting, going_on, header_of, read_lines
-from experiments.evidence import gap_cost
 from experiments.harness import Scorer
 from experiments.runs import shown
 from plumbing.tokenizers import HuggingFace
@@ -58,20 +58,20 @@ def with_gap(scorer, story):
 
 
 def is_arm(scorer):
-    """Whether it is the LLaMA as it came, which a prompt may tell what it needs to know."""
+    """Whether it is the LLaMA as it came, which can follow a prompt."""
     return Path(scorer.folder, "config.json").is_file()
 
 
 # ---- what the true middle costs ------------------------------------------------------------------
 @torch.no_grad()
 def costs(scorer, story):
-    """{what is known: nats per token of the true middle}."""
+    """Nats per token of the true middle: {order: with both sides given, "before": without what
+    comes after, "told": as an ARM whose prompt has both sides}."""
     x, gap = with_gap(scorer, story)
-    rows = {"left": 1, "random": ORDERS, "before": 1}
-    found = {
-        by: gap_cost(scorer.model, x.expand(n, -1), scorer.generator(x), gap, by).mean().item()
-        for by, n in rows.items()
-    }
+    found = {}
+    for by, n in {"left": 1, "random": ORDERS, "before": 1}.items():
+        how = scorer.generator(x), gap, by
+        found[by] = evidence.gap_cost(scorer.model, x.expand(n, -1), *how).mean().item()
     if is_arm(scorer):
         [(log_p, _)] = scorer.log_likelihoods([(story.told, story.middle)])
         found["told"] = -log_p
@@ -158,7 +158,7 @@ def infill(a):
     for folder in a.folders:
         name = Path(folder).name
         path = Path(a.out, f"{name}_stories.jsonl")
-        header = header_of(folder, "stories", rows, __file__)
+        header = header_of(folder, "stories", rows, __file__, evidence.__file__)
         load = partial(Scorer, folder, a.device)
         found[name] = going_on(path, header, rows[: a.items], load, answer)
     table(rows[: a.items], found)

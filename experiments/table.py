@@ -2,7 +2,7 @@
 What RESULTS.md is made of: a table of runs, a table of measurements, and which of both are done.
 
 The log of a run is experiments/logs/NAME.jsonl, and what a measurement printed is in NAME.txt.
-Both begin with the command, the hardware, and a digest of the code that made them. A run or a
+Both begin with the command, the hardware, and a digest of the models' code. A run or a
 measurement is done if its log has today's command. Today's code may be another.
 """
 
@@ -40,14 +40,13 @@ MODELS = {
     "stage3": f"{A3} {FROM_ARM}",
     "loa3": "--model loa3",
     "share01": "--model loa3 --random_share 0.1",
-    # a pretrained LLaMA as it was, by one step that changes nothing, and trained on
-    "smol0": "--max_iters 1 --learning_rate 1e-12",
-    "smol": "--max_iters 240 --learning_rate 2e-4 --warmup_iters 10",
-    "adapted": "",
-    "shared": "--left_neighbour False",  # the paper's form
+    "smol0": "--max_iters 1 --learning_rate 1e-12",  # a LLaMA as it was: one step of no length
+    "smol": "--max_iters 240 --learning_rate 2e-4 --warmup_iters 10",  # and trained on
+    "adapted": "",  # a LLaMA, for the papers' tasks
+    "shared": "--left_neighbour False",  # and with one vector for all queries, as in the paper
 }
 
-WIKITEXT = "--data data/wikitext2/valid.txt --val_data data/wikitext2/test.txt"  # put it there
+WIKITEXT = "--data data/wikitext2/valid.txt --val_data data/wikitext2/test.txt"  # yours to fetch
 QUIET = "--log_interval 100 --num_samples 0"
 CPU = f"--device cpu --dtype bfloat16 --compile {QUIET}"
 SMALL = f"{CPU} --max_iters 3000 --eval_interval 500"
@@ -60,7 +59,7 @@ PLAIN = "--local_heads 0 --middle_steps False"
 # LoMDM reads each text in two orders, so it gets half as many texts.
 HALF = "--batch_size 8"
 
-# Films are trained in float32, which is faster at this width.
+# Films are trained in float32, which at this width is faster and better: see TRIED.md.
 FILM = f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 --batch_size"
 LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
 BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
@@ -198,7 +197,8 @@ def items():
 # ---- what is done --------------------------------------------------------------------------------
 @cache
 def todays_code(item):
-    """The digest of the code that makes it today. A measurement may need any model."""
+    """The digest of the models' code that makes it today, and of train_char.py. A measurement may
+    need any model. The script that measures does not count."""
     if item.is_run:
         model = item.argv[item.argv.index("--model") + 1]
         files = train_char.code_of(model, "--init_from" in item.argv)

@@ -52,14 +52,15 @@ RUN_ORDERS = "left", "random", "confidence"
 # ---- what is asked -------------------------------------------------------------------------------
 def longest(item, tokenizer):
     """The tokens of an item with its longest answer."""
-    text = max(item.get("choices", [""]), key=len)
-    written = packages.WRITE["max_gen_toks"] * ("answers" in item)
-    return len(tokenizer.encode(f"{item['context']} {text}")) + written
+    if "answers" in item:
+        return len(tokenizer.encode(item["context"])) + packages.WRITE["max_gen_toks"]
+    texts = (f"{item['context']} {choice}" for choice in item["choices"])
+    return max(len(tokenizer.encode(text)) for text in texts)
 
 
 def questions(data, tokenizer):
-    """Rounds of [(task, item), ..], one item of each task: so more rounds go on with the same, and
-    what is broken off is there for all tasks alike."""
+    """Rounds of [(task, item), ..], one item of each task. So the first rounds are the same however
+    many follow, and what is broken off is there for all tasks alike."""
     chosen = []
     for name in packages.TASKS:
         items = read_lines(Path(data, f"{name}.jsonl"))
@@ -112,6 +113,8 @@ def plain(text):
 
 def f1(one, other):
     """Of two lists of words: the harmonic mean of precision and recall."""
+    if one == other:
+        return 1.0  # even of no words
     common = (Counter(one) & Counter(other)).total()
     return 2 * common / (len(one) + len(other)) if common else 0.0
 
@@ -129,13 +132,13 @@ def scores(item, found):
     the harness does; nats is what the right answer costs."""
     if "answers" in item:
         return words(item, [found])
-    best = lambda v: float(max(range(len(v)), key=v.__getitem__) == item["gold"])  # noqa: E731
     norm = [log_p / len(choice) for log_p, choice in zip(found, item["choices"], strict=True)]
-    return {"acc": best(found), "acc_norm": best(norm), "nats": -found[item["gold"]]}
+    acc, acc_norm = (float(v.index(max(v)) == item["gold"]) for v in (found, norm))
+    return {"acc": acc, "acc_norm": acc_norm, "nats": -found[item["gold"]]}
 
 
 def line_of(rows, form):
-    """{measure: number} of several items, as mean ± error of each measure."""
+    """The mean ± error of each measure, as text. rows: {measure: number} of several items."""
     means = (f"{name} {shown([row[name] for row in rows], form)}" for name in rows[0])
     return ", ".join(means)
 
@@ -187,6 +190,8 @@ def check_folders(a):
     """UserError unless they are a LLaMA, and runs."""
     is_llama = a.folders and Path(a.folders[0], "config.json").is_file()
     need(is_llama, f"{a.command}: name a LLaMA first, such as data/{packages.MODEL}")
+    names = [Path(folder).name for folder in a.folders]
+    need(len({*names}) == len(names), "two folders have one name, and answers are kept by name")
     for folder in a.folders[1:]:
         there = Path(folder, "ckpt.pt").is_file()
         need(there, f"{folder} holds no run; train one with --init_from {a.folders[0]}")

@@ -46,6 +46,11 @@ def write_file(path, write):
             temporary.unlink()
 
 
+def write_text(path, text):
+    """write_file() of a text."""
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
 def lock(path, wait):
     """The open file that holds the lock, or None if another process has it. The lock ends
     with its process, whatever ends that, or when the file is closed."""
@@ -174,7 +179,7 @@ def trim_log(out, step):
     """Drop what is younger than the checkpoint, as it will come again."""
     rows = [row for row in read_log(out) if row.get("step", 0) <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_file(Path(out) / "log.jsonl", lambda path: path.write_text(text, "utf-8"))
+    write_text(Path(out) / "log.jsonl", text)
 
 
 # ---- going on ------------------------------------------------------------------------------

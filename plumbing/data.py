@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.checkpoint import lock, write_file
+from plumbing.checkpoint import lock, write_file, write_text
 from plumbing.cli import UserError, need
 from plumbing.films import films
 from plumbing.processes import RANK
@@ -208,7 +208,7 @@ def prepare(target, train, val, kind, separate):
 
         sha256 = checksum(work, tokenizer, n_train)
         meta = json.dumps(dict(n_train=n_train, tokenizer=tokenizer.state, sha256=sha256))
-        write_file(work / "meta.json", lambda path: path.write_text(meta, "utf-8"))
+        write_text(work / "meta.json", meta)
         os.rename(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -14,7 +14,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from plumbing.checkpoint import write_file
+from plumbing.checkpoint import write_text
 
 PAGE = Path(__file__).with_name("page.html")  # what page() fills in
 # Control characters, and what overrides the direction of a text. XML lacks the last two.
@@ -31,7 +31,7 @@ def pieces(tokenizer, x, at):
 
 def write(path, text):
     """UserError if it cannot be written."""
-    write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, text)
     print(f"wrote {path}")
 
 

@@ -163,7 +163,7 @@ def test_an_item_without_an_answer_is_left_out_and_said(tmp_path, capsys):
     text = "".join(json.dumps(base | more) + "\n" for more in bad) + ONE + ONE
     made = make_data(tmp_path / "t", make_wheels(tmp_path / "w", {PIQA: text}))
     assert len(answers.read_lines(made / "piqa.jsonl")) == 1
-    assert "piqa: 1 items; 4 without an answer are left out" in capsys.readouterr().out
+    assert "piqa: 1 items; 4 without an answer or an option are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
