@@ -526,3 +526,13 @@ def test_mistakes_cost_one_line(tmp_path):
         playground.main([])
     assert e.value.code == 2
     assert not out.exists() and sorted(p.name for p in good.iterdir()) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("L", [16, 64, 128, 256])
+def test_examples_fit_and_are_what_they_are_called(L):
+    model = {"config": {"seq_len": L}, "rowLength": 0, "vocab": LETTERS}
+    found = dict(playground.examples_for(model))
+    assert len(found) == 5 and all("_" in text and len(text) <= L for text in found.values())
+    middle = found["a gap in the middle"]
+    assert middle.startswith("To") and not middle.endswith("_")
+    assert found["a beginning"].endswith("_") and found["an end"].startswith("_")

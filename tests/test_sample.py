@@ -198,6 +198,8 @@ def test_texts_end_at_their_end(monkeypatch):
 def test_before_anything_is_trained(trained, tmp_path, monkeypatch, capsys):
     """Without out/, a model of ready/ writes, and says so. Its weights are the run's, rounded to
     bfloat16, in half the bytes."""
+    with pytest.raises(UserError, match="would overwrite the run's"):
+        ready.main(["loa3", "../" + Path.cwd().name + "/loa3"])
     ready.main(["loa3", str(tmp_path / "ready" / "loa3"), "--windows", "5"])
     printed = capsys.readouterr().out
     assert printed.startswith("loa3: ") and f"{tmp_path}/ready/loa3/ckpt.pt: " in printed

@@ -350,6 +350,7 @@ def test_what_is_broken_off_goes_on_to_the_same_file(folder, made, tmp_path, mon
     assert fewer == whole[:4] and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     answers.going_on(path, {"a": 2}, asked[:2], lambda: None, lambda model, q: 0)
     assert path.read_text() == '{"a": 2}\n0\n0\n'
+    assert Path(f"{path}.old").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()  # kept
 
 
 def test_all_models_get_the_same_and_differences_are_paired(folder, made, tmp_path, capsys):
@@ -439,6 +440,7 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
         ("all --data elsewhere", "all: what table.py lists reads data/tasks; leave --data out"),
         ("ask {llama} --items 1", "--items must be at least 2"),
         ("ask {llama} {llama}/no", "no holds no run; train one with --init_from"),
+        ("ask {llama} {llama}/../adapted a/adapted", "two folders have one name, and answers"),
         ("ask {llama} --data nowhere", "nowhere.piqa.jsonl; make it: python -m experiments.tasks"),
     ],
 )
