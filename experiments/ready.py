@@ -2,8 +2,13 @@
 Make the checkpoint of a run as small as it may be, to be committed: python sample.py uses it where
 nothing has been trained yet.
 
-    python -m experiments.ready runs/loa3_s1 ready/loa3
+    python train_char.py --model loa3 --random_share 0.1 $HOW --max_iters 8000 --out_dir runs/loa3
+    python train_char.py --model lomdm --weights exp $HOW --max_iters 5000 --out_dir runs/lomdm
+    python -m experiments.ready runs/loa3 ready/loa3
+    python -m experiments.ready runs/lomdm ready/lomdm
+    python -m beyond.playground ready/loa3 ready/lomdm --html beyond/play.html
 
+with HOW="--device cpu --dtype bfloat16 --compile --eval_interval 500".
 Weights are rounded to bfloat16, which halves the file. What the rounded model costs on validation
 text is printed, beside what the unrounded one does.
 """
