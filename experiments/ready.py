@@ -9,6 +9,7 @@ nothing has been trained yet.
     python -m beyond.playground ready/loa3 ready/lomdm --html beyond/play.html
 
 with HOW="--device cpu --dtype bfloat16 --compile --eval_interval 500".
+
 Weights are rounded to bfloat16, which halves the file. What the rounded model costs on validation
 text is printed, beside what the unrounded one does.
 """
