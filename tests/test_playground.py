@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -536,3 +537,13 @@ def test_examples_fit_and_are_what_they_are_called(L):
     middle = found["a gap in the middle"]
     assert middle.startswith("To") and not middle.endswith("_")
     assert found["a beginning"].endswith("_") and found["an end"].startswith("_")
+
+
+def test_the_committed_page_holds_the_committed_models(monkeypatch):
+    """beyond/play.html is what experiments/ready.py says that makes it."""
+    monkeypatch.chdir(playground.PAGE.parents[1])
+    page = playground.page(["ready/loa3", "ready/lomdm"])
+    assert page == Path("beyond/play.html").read_text("utf-8")
+    assert len(page.encode()) <= 4e6
+    size = sum(path.stat().st_size for path in Path("ready").rglob("ckpt.pt"))
+    assert size <= 6e6
