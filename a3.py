@@ -690,8 +690,8 @@ def nll(model, h, x):
     x).
 
     The added code is so that at most MAX_LOGITS logits exist at a time. With a large
-    vocabulary they are most of the memory. Beyond that they come in chunks, and again in the
-    backward pass."""
+    vocabulary they are most of the memory. More of them are made in chunks, and made again in
+    the backward pass."""
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(x) <= rows:
         # By default the id -100 is ignored. Here no id is, so that a wrong one is an error.
