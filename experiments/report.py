@@ -206,7 +206,9 @@ def curve(name, word=""):
 
 def reached(points, level):
     """The step at which points [(step, value)] first fall to a level, on straight lines between
-    them."""
+    them. If they begin below it, that is the first step at the latest."""
+    if points[0][1] <= level:
+        return points[0][0]
     for (step, value), (next_step, next_value) in itertools.pairwise(points):
         if next_value <= level < value:
             return step + (next_step - step) * (value - level) / (value - next_value)

@@ -413,3 +413,10 @@ def test_mistakes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="start it where train_char.py is"):
         run_all.main(["--list"])
+
+
+def test_where_a_curve_first_reaches_a_level():
+    points = [(500, 3.0), (1000, 2.0), (1500, 2.2), (2000, 1.0)]
+    assert report.reached(points, 2.5) == 750 and report.reached(points, 1.6) == 1750
+    assert report.reached(points, 3.5) == 500  # at the latest
+    assert math.isnan(report.reached(points, 0.5))
