@@ -33,6 +33,7 @@ import lomdm
 from beyond import init_from, llama, loa3
 from plumbing import checkpoint, cli, data, pictures, processes
 from plumbing.cli import flag, need
+from plumbing.muon import Muon
 from plumbing.processes import RANK, WORLD
 from plumbing.tokenizers import TOKENIZERS
 
@@ -182,6 +183,7 @@ class Settings:
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
     gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
     max_iters: int | None = flag(None, "steps, and the end of the cosine", least=1, resume=True)
+    optimizer: str | None = flag(None, "of matrices [muon; a LLaMA: adamw]", ("muon", "adamw"))
     learning_rate: float | None = flag(None, "the highest", least=1e-12, resume=True)
     warmup_iters: int | None = flag(None, "linear [100, a tenth of the steps at most]", least=0)
     weight_decay: float = flag(0.1, "of matrices", least=0)
@@ -205,6 +207,7 @@ def settle(s, device):
     known["compile"] = cli.is_modern(device)  # a GPU with bfloat16 and triton
     known.setdefault("dtype", "bfloat16" if known["compile"] else "float32")
     known["block_len"] = 16 if s.model == "block" else None
+    known["optimizer"] = "muon"
 
     for name, value in known.items():
         if getattr(s, name) is None:
@@ -317,10 +320,14 @@ def estimate_loss(model, val, s, device):
 # ---- training --------------------------------------------------------------------------------
 
 
-def make_optimizer(model, s):
-    """AdamW with weight decay for matrices, and what else a model asks for by itself."""
+def make_optimizers(model, s):
+    """Muon for the matrices of the network's blocks, and AdamW for the rest: embeddings, vectors,
+    and what a model asks for by itself. Matrices decay, vectors do not."""
     own = model.parameter_groups() if hasattr(model, "parameter_groups") else []
     apart = {id(p) for group in own for p in group["params"]}
+    if s.optimizer == "muon":
+        inner = [p for p in model.blocks.parameters() if p.ndim == 2]
+        apart |= {id(p) for p in inner}
     rest = [p for p in model.parameters() if id(p) not in apart]
 
     groups = [
@@ -328,7 +335,10 @@ def make_optimizer(model, s):
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         *own,
     ]
-    return torch.optim.AdamW(groups, s.learning_rate, (0.9, s.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, s.learning_rate, (0.9, s.beta2), fused=True)
+    if s.optimizer == "adamw":
+        return [adamw]
+    return [Muon(inner, s.learning_rate, s.weight_decay), adamw]
 
 
 def loss_arguments(s, step, x):
@@ -347,7 +357,7 @@ def loss_arguments(s, step, x):
     return {"groups": groups, "single": most == 1}
 
 
-def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
+def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
     """One step of training. Returns its metrics, {name: number on the device}. They stay
     there, because the CPU would have to wait for the GPU to read a number."""
     # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th
@@ -365,13 +375,15 @@ def train_step(s, step, model, loss_of, optimizer, text, device, mark=None):
 
     # Parameters that wait for their time are not clipped, and do not move before: see
     # LoA3.parameter_groups().
-    plain = [group for group in optimizer.param_groups if "starts_after" not in group]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    plain = [group for group in groups if "starts_after" not in group]
     norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)
-    for group in optimizer.param_groups:
+    for group in groups:
         started = step >= int(group.get("starts_after", 0) * s.max_iters)
         group["lr"] = get_lr(step, s) if started else 0.0
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     mean = {name: sum(metrics[name] for metrics in each) / len(each) for name in each[0]}
     return {"grad_norm": norm} | mean
@@ -420,11 +432,12 @@ def train(s, device, corpus, model, ckpt, about):
     two steps, all saved. about: what else checkpoints hold. Returns steps and seconds in
     all."""
     out = Path(s.out_dir)
-    optimizer = make_optimizer(model, s)
+    optimizers = make_optimizers(model, s)
     step, best, seconds = 0, math.inf, 0.0
     if ckpt:
         step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
-        optimizer.load_state_dict(ckpt["optimizer"])
+        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         if step >= s.max_iters:
             print(f"already at step {step}; a larger --max_iters goes on")
     saved_at = step
@@ -439,7 +452,7 @@ def train(s, device, corpus, model, ckpt, about):
         while step < s.max_iters:
             # Learn.
             text = corpus.train
-            metrics = train_step(s, step, model, loss_of, optimizer, text, device, mark)
+            metrics = train_step(s, step, model, loss_of, optimizers, text, device, mark)
             pending.append(metrics)
             step += 1
             bar.update()
@@ -464,7 +477,8 @@ def train(s, device, corpus, model, ckpt, about):
                 now["model"] = model.state_dict()
                 if is_best:
                     checkpoint.save(out / "ckpt.pt", now)
-                checkpoint.save(out / "last.pt", now | {"optimizer": optimizer.state_dict()})
+                now["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+                checkpoint.save(out / "last.pt", now)
                 saved_at = step
             if stopping:
                 resume = f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"

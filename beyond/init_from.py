@@ -53,7 +53,9 @@ def check_source(folder):
 
 
 def from_llama(s, folder, window):
-    """A LLaMA as an A3."""
+    """A LLaMA as an A3. Others trained it with AdamW, and it goes on so: to make its wide matrices
+    orthogonal takes a CPU longer than a step of training."""
+    s.optimizer = s.optimizer or "adamw"
     need(s.model == "a3", f"--init_from {folder}: a LLaMA becomes --model a3")
     how = {"dropout": s.dropout or 0.0, "left_neighbour": s.left_neighbour}
     model = llama.from_pretrained(folder, window, **how)

@@ -54,7 +54,7 @@ LONG = (
     f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 --eval_interval 1000"
 )
 
-PLAIN = "--local_heads 0 --middle_steps False"
+PLAIN = "--local_heads 0 --optimizer adamw"
 
 # LoMDM reads each text in two orders, so it gets half as many texts.
 HALF = "--batch_size 8"
@@ -92,10 +92,12 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("early_", "lomdm", THREE, f"{CPU} --max_iters 800 --eval_interval 400"),
     ("film_long_", "arm mdm loa3", THREE, f"{FILM} 64 {LONG_FILM}"),
     ("film_long_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {LONG_FILM}"),
-    ("plain_", "arm a3 loa3", TWO, f"{SMALL} --local_heads 0"),
-    ("plain_", "mdm block16", TWO, f"{SMALL} {PLAIN}"),
-    ("plain_", "lomdm", TWO, f"{SMALL} {HALF} {PLAIN}"),
+    ("plain_", "arm a3 loa3", TWO, f"{SMALL} {PLAIN}"),
+    ("plain_", "mdm block16", TWO, f"{SMALL} {PLAIN} --middle_steps False"),
+    ("plain_", "lomdm", TWO, f"{SMALL} {HALF} {PLAIN} --middle_steps False"),
+    ("adamw_", "arm mdm a3", TWO, f"{SMALL} --optimizer adamw"),
     ("uniform_", "mdm", TWO, f"{SMALL} --middle_steps False"),
+    ("free_", "mdm", TWO, f"{SMALL} --local_heads 0"),
     ("time_", "lomdm", THREE, f"{CPU} {HALF} --max_iters 2600 --eval_interval 250"),
     ("both_", "arm loa3", THREE, f"{FILM} 64 {BOTH_WAYS}"),
     ("", "stages stage3 a3_groups mdm_by_time", TWO, SMALL),

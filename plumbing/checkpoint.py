@@ -8,6 +8,7 @@ processes the first one writes; the others pass by.
 
 import ast
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -99,9 +100,11 @@ def load(path, make, device="cpu"):
 
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception:  # torch.load fails in many ways on a file that is something else
+    except Exception as e:  # torch.load fails in many ways on a file that is something else
+        # One of them: in a file that was cut off it may look for a place before the beginning.
+        is_cut = getattr(e, "errno", None) == errno.EINVAL
+        if isinstance(e, (OSError, MemoryError)) and not is_cut:
+            raise
         raise UserError(f"{path} is damaged, cut off or not a checkpoint; train again") from None
 
     ours = isinstance(ckpt, dict) and ckpt.get("format") == FORMAT

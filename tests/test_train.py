@@ -99,8 +99,8 @@ def same(a, b):
 
 
 def same_runs(a, b):
-    """Two runs with the same weights, optimizer, best checkpoint and log, bit for bit."""
-    for name, keys in ("last.pt", "step model best optimizer"), ("ckpt.pt", "step model best"):
+    """Two runs with the same weights, optimizers, best checkpoint and log, bit for bit."""
+    for name, keys in ("last.pt", "step model best optimizers"), ("ckpt.pt", "step model best"):
         one, two = checkpoint(f"{a}/{name}"), checkpoint(f"{b}/{name}")
         for key in keys.split():
             assert same(one[key], two[key]), (name, key)
@@ -241,26 +241,31 @@ def test_what_is_random_follows_from_seed_step_and_micro_batch():
     assert [draw(*key) for key in keys] == drawn
 
 
-def test_the_optimizer_knows_what_parameters_are(monkeypatch):
-    """Matrices decay, vectors do not. An order has a large eps, no decay and no clipping."""
+def test_the_optimizers_know_what_parameters_are(monkeypatch):
+    """The blocks' matrices are Muon's. Matrices decay, vectors do not. An order has a large eps, no
+    decay and no clipping."""
     s = train_char.Settings("loa3", "small", seq_len=16, n_layer=1, n_head=2, n_embd=16)
     train_char.settle(s, CPU)
     model = train_char.new_model(s, 9)
-    optimizer = train_char.make_optimizer(model, s)
-    matrices, vectors, order = optimizer.param_groups
-    assert [group["eps"] for group in optimizer.param_groups] == [1e-8, 1e-8, 0.3]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0, 0]
+    optimizers = muon, adamw = train_char.make_optimizers(model, s)
+    [inner], (matrices, vectors, order) = muon.param_groups, adamw.param_groups
+    assert [group["eps"] for group in adamw.param_groups] == [1e-8, 1e-8, 0.3]
+    decay = [group["weight_decay"] for group in (inner, *adamw.param_groups)]
+    assert decay == [0.1, 0.1, 0, 0]
+    names = {p: name for name, p in model.named_parameters()}
+    found = {names[p].removeprefix("blocks.0.") for p in inner["params"]}
+    assert found == {"qkv.weight", "proj.weight", "gate_up.weight", "down.weight"}
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}
     assert set(order["params"]) == set(model.order.parameters())
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [p for group in (inner, *adamw.param_groups) for p in group["params"]]
     assert len(params) == len(set(params)) and set(params) == set(model.parameters())
 
     clipped = []
     clip = lambda params, most: clipped.append((params, most)) or torch.zeros(())  # noqa: E731
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     text = np.arange(99, dtype=np.uint16) % 9
-    train_char.train_step(s, 0, model, model.loss, optimizer, text, CPU)
+    train_char.train_step(s, 0, model, model.loss, optimizers, text, CPU)
     [(params, most)] = clipped
     assert set(params) == set(model.parameters()) - set(model.order.parameters()) and most == 1
 
@@ -525,12 +530,13 @@ def test_two_processes_do_what_one_does(work, model):
     for name, p in one["model"].items():
         torch.testing.assert_close(p, two["model"][name], rtol=0, atol=1e-4)
 
-    # Adam divides by the size of the gradient, and clipping hides it as well. The moments, and
-    # the norm before clipping, say how large the gradients were.
+    # Both optimizers divide by the size of the gradient, and clipping hides it as well. The
+    # moments, and the norm before clipping, say how large the gradients were.
     norms = figures("two", "grad_norm")
     assert figures("one", "grad_norm") == pytest.approx(norms, rel=1e-4) and len(norms) == 4
-    for a, b in zip(*(c["optimizer"]["state"].values() for c in (one, two)), strict=True):
-        for key in ("exp_avg", "exp_avg_sq"):
+    for kind, keys in enumerate((["mean"], ["exp_avg", "exp_avg_sq"])):
+        states = (c["optimizers"][kind]["state"].values() for c in (one, two))
+        for (a, b), key in itertools.product(zip(*states, strict=True), keys):
             close = {"rtol": 1e-3, "atol": 1e-4 * float(a[key].max())}
             torch.testing.assert_close(a[key], b[key], **close)
 
