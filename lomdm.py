@@ -260,7 +260,7 @@ class Order(nn.Module):
     With c2 = 0 it stays one. Only c2 / c1 matters, as weights that are all doubled give the
     same orders.
 
-    The map is divided by 8. Adam moves a parameter by about the learning rate, be its gradient
+    The map is divided by 32. Adam moves a parameter by about the learning rate, be its gradient
     signal or noise, and where no order is better than others, the gradient of an order is all
     noise. Undivided, the order then wanders off. On Shakespeare that cost 0.02 nats."""
 
@@ -272,7 +272,7 @@ class Order(nn.Module):
 
     def forward(self, h):
         """Features h (B, T, C), in whole blocks -> weights (B, T)."""
-        v = self.score(self.norm(h)).squeeze(-1) / 8  # (B, T)
+        v = self.score(self.norm(h)).squeeze(-1) / 32  # (B, T)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
 
         B, T = v.shape

@@ -83,18 +83,20 @@ def texts(s, device):
 
 # ---- time ----------------------------------------------------------------------------------------
 def make_step(name, s):
-    """A function that makes one training step, forward, backward and AdamW, and returns the seconds
-    that it took."""
+    """A function that makes one training step, as train_char.py makes it: forward, backward, Muon
+    and AdamW. It returns the seconds that it took."""
     model, loss = make(name, s, s.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    how = train_char.Settings(optimizer="muon", learning_rate=1e-4, beta2=0.99)
+    optimizers = train_char.make_optimizers(model, how)
     x = texts(s, s.device)
 
     def step():
         began = time.perf_counter()
         loss(x).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if torch.device(s.device).type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() - began

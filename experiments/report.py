@@ -14,7 +14,8 @@ Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs sa
 
 The word x68 multiplies: a text of 68 tokens. In a pattern a space is any white space, and NUM a
 number with its error. A run is named without its seed: a figure is a mean over the seeds that have
-been run, ± its standard error. A section in which something has not been made is left out.
+been run, ± its standard error. A row whose runs have not been made is left out, and so is a section
+in which a table has no rows or a figure is missing.
 """
 
 import itertools
@@ -54,13 +55,18 @@ LABELS = {
 }
 
 
-FORMS = {"plain_": ", plain", "uniform_": ", all steps alike"}
+FORMS = {
+    "plain_": ", plain",
+    "adamw_": ", AdamW only",
+    "uniform_": ", all steps alike",
+    "free_": ", no local heads",
+}
 
 
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
     name = re.sub(r"_s\d+$", "", name)
-    prefix = re.match(r"((plain|uniform|early|time|film_long|both|long|base|gpt2)_)?", name)[0]
+    prefix = re.match(r"((plain|adamw|uniform|free|early|time|film_long|both|long|base|gpt2)_)?", name)[0]
     name = name.removeprefix(prefix)
     return LABELS.get(name, name) + FORMS.get(prefix, "")
 
@@ -153,10 +159,11 @@ def machine_of(item):
 # ---- the words -----------------------------------------------------------------------------------
 def losses(*names):
     names, times, unit = multiplied(names)
+    names = [name for name in names if done_runs(name)]
+    if not names:
+        return NOT_YET
     out = head("model", "steps x windows", "seconds", f"{unit} ± seeds", "seeds", "what it is")
     for name in names:
-        if not done_runs(name):
-            return NOT_YET
         s = validations(name)[0][0]["settings"]
         size = f"{s['max_iters']:,} x {s['batch_size']}"
         size += " in two orders" if s["model"].startswith("lomdm") else ""
@@ -187,12 +194,11 @@ def pairs(*names):
         other_kind, b = figure(other, word)
         less = [times * (a[seed] - b[seed]) for seed in sorted(a.keys() & b.keys())]
         if not less:
-            return NOT_YET
-
+            continue
         kinds = kind if kind == other_kind else f"{kind} − {other_kind}"
         out.append(row(f"{label(one)} − {label(other)}", shown(less, "+"), len(less), kinds))
         used |= {one: True, other: True}
-    return "\n".join([*out, "", made(used)])
+    return "\n".join([*out, "", made(used)]) if used else NOT_YET
 
 
 def curve(name, word=""):
@@ -226,15 +232,14 @@ def ratios(*names):
         fast, slow = curve(name, word), curve(f"plain_{name}", word)
         seeds = sorted(fast.keys() & slow.keys())
         if not seeds:
-            return NOT_YET
-
+            continue
         cells = [
             shown([mark / reached(fast[seed], dict(slow[seed])[mark]) for seed in seeds], digits=2)
             for mark in marks
         ]
         out.append(row(label(name), *cells, len(seeds), kind))
         used |= {name: True, f"plain_{name}": True}
-    return "\n".join([*out, "", made(used)])
+    return "\n".join([*out, "", made(used)]) if used else NOT_YET
 
 
 def nats(name, *words):

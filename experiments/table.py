@@ -98,7 +98,7 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("adamw_", "arm mdm a3", TWO, f"{SMALL} --optimizer adamw"),
     ("uniform_", "mdm", TWO, f"{SMALL} --middle_steps False"),
     ("free_", "mdm", TWO, f"{SMALL} --local_heads 0"),
-    ("time_", "lomdm", THREE, f"{CPU} {HALF} --max_iters 2600 --eval_interval 250"),
+    ("time_", "lomdm", THREE, f"{CPU} {HALF} --max_iters 2650 --eval_interval 250"),
     ("both_", "arm loa3", THREE, f"{FILM} 64 {BOTH_WAYS}"),
     ("", "stages stage3 a3_groups mdm_by_time", TWO, SMALL),
     ("", "lomdm_by_time", TWO, f"{SMALL} {HALF}"),

@@ -108,7 +108,7 @@ def test_weights_formula(weights):
     x = torch.randint(V, (2, 6))
     _, pos, mask = model.inputs(x)
     h = model.g_block(model.wte(x) + model.wpe(pos), model.rotary(pos), mask)
-    v = model.g.score(model.g.norm(h))[..., 0] / 8
+    v = model.g.score(model.g.norm(h))[..., 0] / 32
 
     w = model.order_weights(x)
 
