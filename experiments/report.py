@@ -66,7 +66,8 @@ FORMS = {
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
     name = re.sub(r"_s\d+$", "", name)
-    prefix = re.match(r"((plain|adamw|uniform|free|early|time|film_long|both|long|base|gpt2)_)?", name)[0]
+    prefixes = [*FORMS, "early_", "time_", "film_long_", "both_", "long_", "base_", "gpt2_"]
+    prefix = re.match(f"({'|'.join(prefixes)})?", name)[0]
     name = name.removeprefix(prefix)
     return LABELS.get(name, name) + FORMS.get(prefix, "")
 
