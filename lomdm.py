@@ -254,15 +254,15 @@ class Order(nn.Module):
 
     With normsig and the default c1 and c2, the largest weight is at most c1 / (c1 - c2) = 14
     times the smallest, with exp e^16 times. Subtracting the mean gives the weights the mean c1,
-    or with exp the geometric mean 1, and with exp it changes no order.
+    or with exp the geometric mean 1, and with exp it changes no w_i / W.
 
-    The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM.
-    With c2 = 0 it stays one. Only c2 / c1 matters, as weights that are all doubled give the
-    same orders.
+    The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM. With
+    normsig and c2 = 0 it stays one, and only c2 / c1 matters, as weights that are all doubled give
+    the same orders.
 
-    The map is divided by 32. Adam moves a parameter by about the learning rate, be its gradient
-    signal or noise, and where no order is better than others, the gradient of an order is all
-    noise. Undivided, the order then wanders off. On Shakespeare that cost 0.02 nats."""
+    What comes out of the map is divided by 32, so that a step of Adam moves v 32 times less. Adam
+    ignores how large a gradient is. Where no order is better than others, the gradient of an order
+    is all noise, and the order would wander off. On Shakespeare that cost 0.02 nats per token."""
 
     def __init__(self, config):
         super().__init__()

@@ -321,8 +321,9 @@ def estimate_loss(model, val, s, device):
 
 
 def make_optimizers(model, s):
-    """Muon for the matrices of the network's blocks, and AdamW for the rest: embeddings, vectors,
-    and what a model asks for by itself. Matrices decay, vectors do not."""
+    """Muon for the matrices in model.blocks. AdamW for the rest: embeddings, output layer, vectors,
+    LoMDM's block that reads w, and a model's own parameter_groups(). Matrices decay, vectors do
+    not."""
     own = model.parameter_groups() if hasattr(model, "parameter_groups") else []
     apart = {id(p) for group in own for p in group["params"]}
     if s.optimizer == "muon":

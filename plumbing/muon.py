@@ -1,50 +1,59 @@
 """
 Muon, an optimizer for matrices (Keller Jordan and others, 2024).
 
-The gradient of a matrix is a sum of few directions that are large and many that are small. Adam
-looks at each number by itself, so its steps are mostly along the large ones, too. Muon moves as far
-along the small ones: it takes the mean of the last gradients apart, U S V^T, and leaves the sizes S
-out. A model that learns with Adam in 3,000 steps learns the same in 1,000 to 1,500 with Muon.
+The gradient of a matrix is U S V^T: directions u v^T, one for each singular value in S, which says
+how large it is. A few are large and most are small. Adam's steps are mostly along the large ones.
+But small directions may matter as much, only more rarely. Muon takes the mean of the last
+gradients, and steps along U V^T, equally far in all of its directions. How many steps of training
+that saves is in experiments/RESULTS.md.
 
-It is for the matrices inside a network. Embeddings, the last layer and vectors stay with AdamW.
-torch.optim.Muon is the same, but always computes in bfloat16. A CPU that has no bfloat16 would wait
-ten to a hundred times as long for it.
+It is for the matrices inside a network. Embeddings, the output layer and vectors stay with AdamW.
+torch.optim.Muon is the same up to the length of a step, but computes in bfloat16, which a CPU that
+was not made for it does very slowly.
 """
 
 import torch
 
 
 def orthogonal(M):
-    """Matrices M = U S V^T (n, a, b) -> roughly U V^T (n, a, b): their singular values become
-    numbers between 0.7 and 1.2, without taking them apart.
+    """Matrices M = U S V^T (n, a, b) -> roughly U V^T (n, a, b): all singular values but the
+    tiniest become 0.7 to 1.2, and no singular value is computed.
 
-    How? For a singular value s between 0 and 1, the polynomial p(s) = 3.4445 s - 4.775 s^3 +
-    2.0315 s^5 is larger than s while s is small, and about 1 where s is about 1. Five times p
-    takes 0.002 to 0.7. A polynomial of a matrix is one of its singular values: with A = X X^T,
+    How? Take the polynomial p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5. A small s becomes 3.4 times
+    as large, and what is between 0.7 and 1.2 stays about there. So p applied five times brings
+    every s from 0.0016 to 1 to between 0.7 and 1.2. With X = U S V^T and A = X X^T,
 
-        X  ->  3.4445 X - 4.775 A X + 2.0315 A A X  =  P X
+        A X = U S^3 V^T        A A X = U S^5 V^T
 
-    leaves U and V as they are. So X = P_5 P_4 .. P_1 M. The product of the P is made first, as all
-    of them follow from A, which is square and small, since A becomes P A P."""
+    so p is applied to all singular values of X by
+
+        X  ->  3.4445 X - 4.775 A X + 2.0315 A A X  =  P X,        P = 3.4445 - 4.775 A + 2.0315 A A
+
+    As P is symmetric, A becomes P A P. So all five P follow from the first A alone, which is
+    smaller than X unless X is square, and X is multiplied once, by their product."""
     if M.shape[-2] > M.shape[-1]:
         return orthogonal(M.mT).mT
 
-    # Divided by a bound on the largest of them, singular values are at most 1.
+    # The root of the sum of squares is at least the largest singular value, so all are now <= 1.
     X = M / (M.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     A = X @ X.mT  # (n, a, a)
-    product = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    for step in range(5):
-        P = 3.4445 * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        P = P - 4.775 * A + 2.0315 * (A @ A)
+    P = product = polynomial(A)
+    for _ in range(4):
+        A = P @ A @ P
+        P = polynomial(A)
         product = P @ product
-        if step < 4:
-            A = P @ A @ P
     return product @ X
 
 
+def polynomial(A):
+    """P for A (n, a, a)."""
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return 3.4445 * one - 4.775 * A + 2.0315 * (A @ A)
+
+
 class Muon(torch.optim.Optimizer):
-    """For matrices only. A step moves each number by lr / 2, as root of the mean square. Adam moves
-    it by lr at the most, so both can use one learning rate."""
+    """For matrices only. The root mean square of a step is about lr / 2. AdamW's is of that order,
+    so both can use one learning rate."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -69,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 state["mean"] = torch.zeros_like(p)
             state["mean"].lerp_(p.grad, 1 - group["momentum"])
 
-            # Once more towards the mean of the gradients, where the next step will go: Nesterov.
+            # Nesterov: the mean as it would be if this gradient came once more.
             directions.append(p.grad.lerp(state["mean"], group["momentum"]))
 
         # The mean square of an orthogonal matrix (a, b) is 1 / max(a, b).
