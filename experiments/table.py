@@ -90,6 +90,7 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("", "lomdm lomdm_exp lomdm_frozen", THREE, f"{SMALL} {HALF}"),
     ("early_", "mdm", THREE, f"{CPU} --max_iters 600 --eval_interval 300"),
     ("early_", "lomdm", THREE, f"{CPU} --max_iters 800 --eval_interval 400"),
+    ("laptop_", "arm", ONE, f"{CPU} --batch_size 12 --max_iters 2000 --eval_interval 500"),
     ("film_long_", "arm mdm loa3", THREE, f"{FILM} 64 {LONG_FILM}"),
     ("film_long_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 32 {LONG_FILM}"),
     ("plain_", "arm a3 loa3", TWO, f"{SMALL} {PLAIN}"),
