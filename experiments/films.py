@@ -9,9 +9,7 @@ from experiments.runs import order_log_weights, shown
 from plumbing import pictures
 from plumbing.cli import need
 from plumbing.data import TEXT_LEN
-
-CELLS = 16
-ROWS = 4
+from plumbing.films import CELLS, ROWS
 
 
 def need_films(run):

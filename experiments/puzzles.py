@@ -28,9 +28,10 @@ import numpy as np
 
 from plumbing import cli
 from plumbing.checkpoint import write_text
-from plumbing.films import films
+from plumbing.films import CELLS, ROWS, films
 
-TIME = np.arange(68).reshape(4, 17)[::-1].ravel()  # a film's positions, first moment first
+PLACES = np.arange(ROWS * (CELLS + 1)).reshape(ROWS, CELLS + 1)  # a film, row by row
+TIME = PLACES[::-1].ravel()  # its positions, first moment first
 ARMS = 4
 LONG = 3  # edges of an arm
 NAMES = "abcdefghijklmnop"
@@ -45,11 +46,11 @@ def plain(n, seed):
 
 
 def scrambling(seed):
-    """The positions (68,) in a film of the characters of a scrambled film: cells change places
+    """The positions (L,) in a film of the characters of a scrambled film: cells change places
     with cells, and line ends stay."""
-    places = np.arange(68).reshape(4, 17)
+    places = PLACES.copy()
     cells = places[:, :-1].ravel()
-    places[:, :-1] = np.random.default_rng(seed).permutation(cells).reshape(4, 16)
+    places[:, :-1] = np.random.default_rng(seed).permutation(cells).reshape(ROWS, CELLS)
     return places.ravel()
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import lock, write_file, write_text
 from plumbing.cli import UserError, need
-from plumbing.films import films
+from plumbing.films import CELLS, ROWS, films
 from plumbing.processes import RANK
 from plumbing.tokenizers import TOKENIZERS, Tokenizer, clean, learn, place, tokenizer_of
 
@@ -91,7 +91,8 @@ SOURCES = {
     "automaton": automaton,
     "automaton-both": functools.partial(automaton, both=True),
 }
-TEXT_LEN = {"automaton": 4 * 17, "automaton-both": 4 * 18}  # of a film
+# Of a film: a row ends with a line end, and may begin with a mark.
+TEXT_LEN = {"automaton": ROWS * (CELLS + 1), "automaton-both": ROWS * (CELLS + 2)}
 
 
 def download_shakespeare(root):

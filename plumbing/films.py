@@ -2,6 +2,9 @@
 
 import numpy as np
 
+ROWS = 4
+CELLS = 16  # of a row
+
 
 def films(n, seed, both=False):
     """n films of rule 30 on a ring of 16 cells: 4 rows, a line each. The last moment comes
@@ -14,10 +17,10 @@ def films(n, seed, both=False):
     .1637 a character."""
     g = np.random.default_rng(seed)
 
-    # All moments of all films, of which four are shown: (n, 4, 16), the first moment first.
+    # All moments of all films, of which some are shown: (n, ROWS, CELLS), the first moment first.
     every = 2 if both else 1
-    moments = [g.integers(0, 2, (n, 16))]
-    for _ in range(3 * every):
+    moments = [g.integers(0, 2, (n, CELLS))]
+    for _ in range((ROWS - 1) * every):
         old = moments[-1]
         moments.append(np.roll(old, 1, 1) ^ (old | np.roll(old, -1, 1)))
     shown = np.stack(moments[::every], 1)
