@@ -14,8 +14,8 @@ Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs sa
 
 The word x68 multiplies: a text of 68 tokens. In a pattern a space is any white space, and NUM a
 number with its error. A run is named without its seed: a figure is a mean over the seeds that have
-been run, ± its standard error. A row whose runs have not been made is left out, and so is a section
-in which a table has no rows or a figure is missing.
+been run, ± its standard error. A section in which something has not been made is left out, but of
+pairs and ratios only those rows.
 """
 
 import itertools
@@ -161,11 +161,10 @@ def machine_of(item):
 # ---- the words -----------------------------------------------------------------------------------
 def losses(*names):
     names, times, unit = multiplied(names)
-    names = [name for name in names if done_runs(name)]
-    if not names:
-        return NOT_YET
     out = head("model", "steps x windows", "seconds", f"{unit} ± seeds", "seeds", "what it is")
     for name in names:
+        if not done_runs(name):
+            return NOT_YET
         s = validations(name)[0][0]["settings"]
         size = f"{s['max_iters']:,} x {s['batch_size']}"
         size += " in two orders" if s["model"].startswith("lomdm") else ""
