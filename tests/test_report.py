@@ -182,6 +182,10 @@ def test_differences_are_those_of_seeds(logs):
     assert "nats per token ±" in lines[0] and "nats a text ±" in per_text[0]
     assert per_text[2] == f"| ARM − MDM | +1.0000 ± {10 * error:.4f} | 3 | exact − bound |"
 
+    # A pair that has not been made is no row.
+    assert report.pairs("arm-mdm", "vector-mdm") == report.pairs("arm-mdm")
+    assert report.pairs("vector-mdm") == report.NOT_YET
+
     # The word chooses a kind: 1 - 7 at step 20, where this one is best, less 7 at step 10.
     write_log("vector", {"exact, left": [8, 1], "bound": [5, 4]})
     lines = report.pairs("left:vector-mdm", "vector-mdm").splitlines()
