@@ -33,6 +33,11 @@ def load(s, given, window, make_model):
             model, tokenizer = from_llama(s, folder, window)
         else:
             model, tokenizer = from_run(s, folder, make_model)
+
+    # Others trained a LLaMA with AdamW, and it goes on so. For a CPU, making its wide matrices
+    # orthogonal takes longer than a step of training.
+    if isinstance(model, llama.Llama):
+        s.optimizer = s.optimizer or "adamw"
     take_over(s, given, model.config)
     return model, tokenizer
 
@@ -53,9 +58,7 @@ def check_source(folder):
 
 
 def from_llama(s, folder, window):
-    """A LLaMA as an A3. Others trained it with AdamW, and it goes on so: to make its wide matrices
-    orthogonal takes a CPU longer than a step of training."""
-    s.optimizer = s.optimizer or "adamw"
+    """A LLaMA as an A3."""
     need(s.model == "a3", f"--init_from {folder}: a LLaMA becomes --model a3")
     how = {"dropout": s.dropout or 0.0, "left_neighbour": s.left_neighbour}
     model = llama.from_pretrained(folder, window, **how)

@@ -44,8 +44,8 @@ def pull(params, step):
 
 
 def test_steps_are_those_of_torch():
-    """To bfloat16, in which torch computes. It scales by 0.2 where this scales by 0.5, and decays
-    by its own learning rate."""
+    """To bfloat16, in which torch computes: it rounds by 0.4%, and the steps differ by 0.6%. torch
+    scales by 0.2 where this scales by 0.5, and decays by its own learning rate."""
     ours, theirs = matrices(), matrices()
     start = [p.detach().clone() for p in ours]
     one = Muon(ours, 0.01, weight_decay=0.5)
@@ -58,12 +58,12 @@ def test_steps_are_those_of_torch():
 
     for p, q, p_0 in zip(ours, theirs, start, strict=True):
         moved = p - p_0
-        assert (moved - (q - p_0)).norm() < 0.02 * moved.norm()
+        assert (moved - (q - p_0)).norm() < 0.01 * moved.norm()
 
 
-def test_a_step_has_its_length_and_a_state_goes_on():
-    """The root of the mean square of a step is about lr / 2, be the gradient large or small. A
-    matrix without a gradient stays. A loaded state goes on as the first one does."""
+def test_a_step_has_its_length():
+    """The root of the mean square of a step is lr / 2 times singular values from 0.68 to 1.21, be
+    the gradient large or small. A matrix without a gradient stays."""
     params = matrices(torch.float64)
     start = [p.detach().clone() for p in params]
     optimizer = Muon(params, 0.01)
@@ -73,6 +73,13 @@ def test_a_step_has_its_length_and_a_state_goes_on():
     optimizer.step()
     sizes = [(p - p_0).square().mean().sqrt().item() for p, p_0 in zip(params, start, strict=True)]
     assert sizes.pop(2) == 0 and all(0.0034 < size < 0.0061 for size in sizes)
+
+
+def test_a_loaded_state_goes_on_as_the_first_one_does():
+    params = matrices()
+    optimizer = Muon(params, 0.01)
+    pull(params, 0)
+    optimizer.step()
 
     copies = [p.detach().clone().requires_grad_() for p in params]
     again = Muon(copies, 1.0)

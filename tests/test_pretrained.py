@@ -359,7 +359,11 @@ def test_from_a_folder_to_a_page(there, capsys):
     """Train, go on, fill gaps, and show it."""
     train("--init_from model --max_iters 2 --seq_len 16")
     train_char.main(["--resume", "--max_iters", "3", "--num_samples", "1", "--device", "cpu"])
-    assert log("out")[-1]["step"] == 3
+    assert log("out")[-1]["step"] == 3 and log("out")[0]["settings"]["optimizer"] == "adamw"
+    train("--init_from out --max_iters 1 --out_dir on --optimizer muon")
+    train("--init_from out --max_iters 1 --out_dir again")  # a LLaMA still
+    used = [log(out)[0]["settings"]["optimizer"] for out in ("on", "again")]
+    assert used == ["muon", "adamw"]
     sample.main(["--infill", "The quick _ fox — ___", "--device", "cpu"])
     assert "The quick" in capsys.readouterr().out
     sample.main(["--prompt", "schön 😀", "--html", "page.html", "--device", "cpu"])
