@@ -6,8 +6,8 @@ Time, memory and arithmetic of a training step of every model, beside the ARM's.
     python -m experiments.bench --preset gpt2 --what count    operations, an estimate for one H100
 
 The models take turns, so a machine that slows down slows all of them. A figure is the median of
---repeats, (min-max) beside it. Tokens are those of the batch: LoMDM reads each of them in two
-orders. experiments/speed.py has the times of sampling.
+--repeats, (min-max) beside it. Tokens are those of the batch: LoMDM reads a third of its texts
+twice. experiments/speed.py has the times of sampling.
 """
 
 import statistics

@@ -167,7 +167,8 @@ def losses(*names):
             return NOT_YET
         s = validations(name)[0][0]["settings"]
         size = f"{s['max_iters']:,} x {s['batch_size']}"
-        size += " in two orders" if s["model"].startswith("lomdm") else ""
+        twice = {"lomdm": ", a third of them twice", "lomdm-by-time": ", each twice"}
+        size += twice.get(s["model"], "")
         for kind, found in best(name).items():
             values = [times * value for value, _ in found.values()]
             cost = shown(values)

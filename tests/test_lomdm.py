@@ -50,40 +50,47 @@ def test_estimates_are_unbiased(name, L):
 
 
 def test_loss_of_a_batch_by_hand(monkeypatch):
-    """Two texts, two blocks: both orders of a text share its counts, each block has its own
-    pair of losses, log q covers the revealed prefix only, and everything is divided by B L."""
+    """Four texts, two of them in two orders, and two blocks: both orders of a text share its
+    counts, each block has its own pair of losses, log q is that of the revealed prefix. The loss
+    is the mean over the six rows, with the part for REINFORCE, the mean over the two pairs. w
+    learns from these two texts."""
     model = make_lomdm(L=6, block_len=3, learn_order=True)
-    x = torch.randint(V, (2, 6))
-    k = torch.tensor([[1, 2], [2, 0]])
-    drawn = torch.rand(4, 2, 3).argsort(-1)
+    x = torch.randint(V, (4, 6))
+    k = torch.tensor([[1, 2], [2, 0], [0, 1], [2, 2]])
+    drawn = torch.rand(6, 2, 3).argsort(-1)
     monkeypatch.setattr(lomdm, "stratified_counts", lambda *a, **kw: k)
     monkeypatch.setattr(lomdm, "race", lambda *a: drawn)
     w = model.order_weights(x)
+    w = torch.cat((w[:2], w[2:].detach()))
 
-    def cost_and_log_q(row, b, draw):
-        order = drawn[row + 2 * draw, b] + 3 * b
-        revealed, open = order[: k[row, b]], order[k[row, b] :]
-        z = x[[row]].clone()
+    def cost_and_log_q(row, text, b):
+        order = drawn[row, b] + 3 * b
+        revealed, open = order[: k[text, b]], order[k[text, b] :]
+        z = x[[text]].clone()
         z[0, open] = V
         z[0, 3 * (b + 1) :] = V  # the generic model: what comes later is hidden
-        log_mu = oracle.token_log_probs(model, z, x[[row]])[0, open]
+        log_mu = oracle.token_log_probs(model, z, x[[text]])[0, open]
         w_hat = model.order_weights_hat(z)[0, open]
-        go = w[row, open] / w[row, open].sum()
+        go = w[text, open] / w[text, open].sum()
         cost = 3 * (go * (-log_mu + go.log() - (w_hat / w_hat.sum()).log())).sum()
 
-        left = w[row, order].sum()
+        left = w[text, order].sum()
         log_q = 0
         for i in revealed:
-            log_q = log_q + (w[row, i] / left).log()
-            left = left - w[row, i]
+            log_q = log_q + (w[text, i] / left).log()
+            left = left - w[text, i]
         return cost, log_q
 
     total = 0
-    for row, b in itertools.product(range(2), range(2)):
-        (cost_1, log_q_1), (cost_2, log_q_2) = (cost_and_log_q(row, b, d) for d in range(2))
-        surrogate = (cost_1 - cost_2).detach() * (log_q_1 - log_q_2) / 2
-        total = total + (cost_1 + cost_2) / 2 + surrogate
-    torch.testing.assert_close(model.loss(x)[0], total / (2 * 6))
+    for b in range(2):
+        rows = [cost_and_log_q(row, row % 4, b) for row in range(6)]  # texts 0 and 1 again
+        total = total + sum(cost for cost, _ in rows) / (6 * 6)
+        for (cost_1, log_q_1), (cost_2, log_q_2) in zip(rows[:2], rows[4:], strict=True):
+            surrogate = (cost_1 - cost_2).detach() * (log_q_1 - log_q_2) / 2
+            total = total + surrogate / (2 * 6)
+    loss = model.loss(x)[0]
+    torch.testing.assert_close(loss, total)
+    oracle.same_gradients(model, loss, total)
 
 
 def test_what_an_order_trains():
@@ -108,7 +115,7 @@ def test_weights_formula(weights):
     x = torch.randint(V, (2, 6))
     _, pos, mask = model.inputs(x)
     h = model.g_block(model.wte(x) + model.wpe(pos), model.rotary(pos), mask)
-    v = model.g.score(model.g.norm(h))[..., 0] / 32
+    v = model.g.score(model.g.norm(h))[..., 0] / 24
 
     w = model.order_weights(x)
 
