@@ -260,7 +260,7 @@ class Order(nn.Module):
     normsig and c2 = 0 it stays one, and only c2 / c1 matters, as weights that are all doubled give
     the same orders.
 
-    What comes out of the map is divided by 24, so that a step of Adam moves v 24 times less. Adam
+    What comes out of the map is divided by 32, so that a step of Adam moves v 32 times less. Adam
     ignores how large a gradient is. Where no order is better than others, the gradient of an order
     is all noise, and the order would wander off. On Shakespeare that cost 0.02 nats per token."""
 
@@ -272,7 +272,7 @@ class Order(nn.Module):
 
     def forward(self, h):
         """Features h (B, T, C), in whole blocks -> weights (B, T)."""
-        v = self.score(self.norm(h)).squeeze(-1) / 24  # (B, T)
+        v = self.score(self.norm(h)).squeeze(-1) / 32  # (B, T)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
 
         B, T = v.shape

@@ -9,8 +9,8 @@ nothing has been trained yet.
     python -m beyond.playground ready/loa3 ready/lomdm --html beyond/play.html
 
 with HOW="--device cpu --dtype bfloat16 --compile --eval_interval 500 --optimizer adamw". The two in
-ready/ are older than Muon, and the LoMDM is older than the division of its order by 24 (it was 8;
-the weights of that map were multiplied by 3 since, which is the same). So today's code would make
+ready/ are older than Muon, and the LoMDM is older than the division of its order by 32 (it was 8;
+the weights of that map were multiplied by 4 since, which is the same). So today's code would make
 others.
 
 Weights are rounded to bfloat16, which halves the file. What the rounded model costs on validation

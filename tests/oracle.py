@@ -41,8 +41,8 @@ def randomize(model):
     for name, p in model.named_parameters():
         if name.startswith("order."):  # LoA3 stores the parameters of its order divided
             torch.nn.init.normal_(p, std=4 / model.order.scale)
-        elif name.endswith("score.weight"):  # what LoMDM's orders read is divided by 24
-            torch.nn.init.normal_(p, std=0.5 * 24)
+        elif name.endswith("score.weight"):  # what LoMDM's orders read is divided by 32
+            torch.nn.init.normal_(p, std=0.5 * 32)
         else:
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.5)
     return model.eval()

@@ -115,7 +115,7 @@ def test_weights_formula(weights):
     x = torch.randint(V, (2, 6))
     _, pos, mask = model.inputs(x)
     h = model.g_block(model.wte(x) + model.wpe(pos), model.rotary(pos), mask)
-    v = model.g.score(model.g.norm(h))[..., 0] / 24
+    v = model.g.score(model.g.norm(h))[..., 0] / 32
 
     w = model.order_weights(x)
 
