@@ -540,10 +540,11 @@ class LoMDM(nn.Module):
         if self.config.middle_steps:
             k, often = middle_counts(k, K)
 
-        # With a learned order the first m texts are there twice, for (3). Think of all texts,
-        # m = B, and of w = self.order_weights(x). Section 6 says why they are fewer, and why w of
-        # the others needs no gradient.
+        # With a learned order, (3) wants each text in two rows, r and B + r. For a first reading
+        # take m = B and w = self.order_weights(x). In fact only the first m = B / 3 texts have a
+        # second row, and only they train w: see section 6.
         m = how_many_twice(B) if self.config.learn_order else 0
+        k = torch.cat((k[::3], k[1::3], k[2::3]))  # so that these have small and large k
         w = weights_to_train(self, x, m)  # (B, L)
         x, w, k = (torch.cat((each, each[:m])) for each in (x, w, k))  # R = B + m rows each
 
@@ -563,7 +564,7 @@ class LoMDM(nn.Module):
 
         if m:
             log_q = prefix_log_prob(w, order, k)  # (R, n)
-            loss = loss + reinforce(cost, log_q, m).sum() / (m * L)
+            loss = loss + reinforce(cost, log_q, m).sum() * 2 * per_token  # a pair is two rows
 
         in_bound = per_token / often[k]  # (R, n): as if all came equally often
         metrics = {
@@ -719,17 +720,21 @@ def how_many_twice(B):
     """How many of B texts are drawn in two orders, for equation (3): one in three.
 
     The added code is so that a step reads more texts. Two orders of one text teach the network
-    less than two texts do, and the order needs pairs. In the time in which an MDM trains for 3,000
-    steps of 16 texts, a LoMDM with 8 texts in two orders a step falls 0.023 nats per token behind,
-    and one with 12 texts, 4 of them in two orders, GAIN."""
+    less than two texts do, and the order needs pairs. An MDM with 16 texts a step has 16 rows, and
+    so has a LoMDM with 8 texts in two orders, or with 12 of which 4 are. In the time of 3,000 steps
+    of the MDM, the first is 0.023 nats per token behind it, and the second GAIN."""
     return math.ceil(B / 3)
 
 
 def weights_to_train(model, x, m):
     """LoMDM.order_weights(x), with a gradient for the first m texts only, which are drawn twice.
 
-    The added code is so that the others need no backward pass for w. It is in the gain above: a
-    step takes 1.11 times as long as an MDM's, and 1.17 times without."""
+    The added code is so that the others need no backward pass for w. With it a step takes 1.11
+    times as long as an MDM's, and if all texts gave a gradient 1.17 times.
+
+    This is the one exception to the heading. Of R = B + m rows 2 m carry a gradient of w, and both
+    parts of (3) are divided by R. So the gradient of w has the direction of (3), and is 2 m / R
+    times as long. Adam ignores that."""
     if m in (0, len(x)):
         return model.order_weights(x)
     return torch.cat((model.order_weights(x[:m]), model.order_weights(x[m:]).detach()))
@@ -985,7 +990,7 @@ class ByTime(LoMDM):
         cost = recon + order
         loss = nelbo = cost.sum() * per_token
         if self.config.learn_order:
-            loss = nelbo + reinforce(cost, log_q, B).sum() / (B * L)
+            loss = nelbo + reinforce(cost, log_q, B).sum() * 2 * per_token
 
         metrics = {
             "nelbo": nelbo,

@@ -319,6 +319,38 @@ def test_loss_and_gradient_have_the_bounds_mean(L, block_len, weights, monkeypat
     same_gradients(model, loss, bound)
 
 
+@pytest.mark.parametrize("weights", ["normsig", "exp"])
+def test_weights_learn_from_texts_in_two_orders(weights, monkeypatch):
+    """Of a text that is in the batch twice, one copy is drawn in two orders. All draws of the
+    three rows are listed. The loss has the gradient of the bound, but for w: that comes from
+    two rows of three."""
+    model = oracle.make_lomdm(L=3, learn_order=True, weights=weights)
+    x = torch.tensor([[2, 0, 1]])
+    w = model.order_weights(x)[0].detach()
+
+    draws = []
+    for k in range(3):
+        rows = [  # an order for each way to begin with k places, and its probability
+            (order, lomdm.prefix_log_prob(w, order, torch.tensor(k)).exp())
+            for order in orders(3)[:: math.factorial(3 - k)]
+        ]
+        for three in itertools.product(rows, repeat=3):
+            order, q = (torch.stack(each) for each in zip(*three, strict=True))
+            counts = {(lomdm, "stratified_counts"): torch.full((2, 1), k)}
+            draws.append((q.prod() / 3, {(lomdm, "race"): order[:, None]} | counts))
+
+    loss, _ = mean_over(draws, monkeypatch, lambda: (model.loss(x.repeat(2, 1))[0], w))
+
+    bound = exact(model, x)[1].sum() / 3
+    reads_w = [p for name, p in model.named_parameters() if name.startswith(("g.", "g_block."))]
+    others = [p for name, p in model.named_parameters() if not name.startswith(("g.", "g_block."))]
+    for parameters, share in ((reads_w, 2 / 3), (others, 1)):
+        got = torch.autograd.grad(loss, parameters, retain_graph=True)
+        want = torch.autograd.grad(bound, parameters, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, share * b, rtol=1e-9, atol=1e-11)
+
+
 def test_more_of_the_middle(monkeypatch):
     """With middle_steps each step of the bound counts as often as it comes, in the loss and in
     its gradient. The metric is the bound as ever."""
