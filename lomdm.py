@@ -18,9 +18,10 @@ probability of a text is a sum over all orders, as it may have been written in a
 
     p(x) = sum_order  prod_k  q_hat(order_k | revealed) mu(x at order_k | revealed)         (1)
 
-Here q_hat is the probability with which the model goes to position order_k next. For an MDM
-all hidden positions are equally likely. The sum has L! terms, so we bound it. Take any
-distribution q of orders, even one that has seen the text. Multiply and divide each term by q,
+Steps count from 0, so that at step k, k tokens are revealed. q_hat is the probability with which
+the model goes to position order_k next. For an MDM all hidden positions are equally likely. The
+sum has L! terms, so we bound it. Take any distribution q that gives every order some probability.
+It may even have seen the text. Multiply and divide each term by q,
 so that the sum becomes a mean over orders that are drawn from q. The log of a mean is at least
 the mean of the logs:
 
@@ -235,9 +236,9 @@ def race(w, generator=None):
 
 
 def prefix_log_prob(w, order, k):
-    """log q (..) of the first k (..) places of an order (.., K) that was drawn by weights w
-    (.., K): a sum over j < k of log(w of order_j / sum of the weights that had not arrived
-    before)."""
+    """log of the probability (..) that a race by weights w (.., K) begins as the first k (..)
+    places of order (.., K) do: the sum over j < k of log(w of order_j / sum of the weights of
+    order_j, order_{j+1}, .., order_{K-1})."""
     w = w.gather(-1, order)  # in order of arrival
     remaining = w.flip(-1).cumsum(-1).flip(-1)  # the weight of each and of all that come later
     in_prefix = torch.arange(w.shape[-1], device=w.device) < k[..., None]
@@ -254,7 +255,7 @@ class Order(nn.Module):
 
     With normsig and the default c1 and c2, the largest weight is at most c1 / (c1 - c2) = 14
     times the smallest, with exp e^16 times. Subtracting the mean gives the weights the mean c1,
-    or with exp the geometric mean 1, and with exp it changes no w_i / W.
+    or with exp the geometric mean 1. With exp it makes no order more likely.
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM. With
     normsig and c2 = 0 it stays one, and only c2 / c1 matters, as weights that are all doubled give
@@ -262,7 +263,8 @@ class Order(nn.Module):
 
     What comes out of the map is divided by 32, so that a step of Adam moves v 32 times less. Adam
     ignores how large a gradient is. Where no order is better than others, the gradient of an order
-    is all noise, and the order would wander off. On Shakespeare that cost 0.02 nats per token."""
+    is all noise, and the order would wander off. Divided by 8 it did so on Shakespeare, and cost
+    0.026 nats per token more."""
 
     def __init__(self, config):
         super().__init__()
@@ -301,10 +303,10 @@ class Uniform(nn.Module):
 
 
 def jump_terms(nll, w, w_hat, hidden):
-    """Equation (2) for one step k of a block of K positions, times the K steps that it has. (A
-    step from one position to the next is called a jump, hence the name.) At this step the
-    positions `hidden` are left, and W and W_hat are the sums of their weights. The next
-    position is i with probability w_i / W, so the expected cost of the step is
+    """Step k of (2), for a block of K positions, times K, so that a uniform k gives all of (2).
+    (A step from one position to the next is called a jump, hence the name.) At this step the
+    positions `hidden` are left, and W and W_hat are the sums of their weights. The next position
+    is i with probability w_i / W. It is not drawn: the expected cost of the step is
 
         sum over hidden i of  (w_i / W) [ nll_i + log(w_i / W) - log(w_hat_i / W_hat) ]
 
@@ -312,7 +314,7 @@ def jump_terms(nll, w, w_hat, hidden):
     one True. Returns three tensors (..) in nats:
         recon    what the token costs
         order    what the order costs, a KL divergence: at least 0, and 0 if w_hat is w
-        timing   what the papers' bound has on top, at least 0: see section 8"""
+        timing   what the papers' bound has on top, at least 0: see section 8, training does not"""
     K = nll.shape[-1]
     W = (w * hidden).sum(-1, keepdim=True)
     W_hat = (w_hat * hidden).sum(-1, keepdim=True)
@@ -328,9 +330,10 @@ def jump_terms(nll, w, w_hat, hidden):
 
 
 def reinforce(cost, log_q, m):
-    """The part of equation (3) that autograd does not see: LoMDM.loss() explains it. The first m
-    rows of cost and log_q (R, ..) are one draw of m texts, and the last m rows another. Returns
-    (m, ..). Its value means nothing, its gradient does."""
+    """The second half of equation (3), which LoMDM.loss() explains: for m texts in two orders, (m,
+    ..). The first m rows of cost and log_q (R, ..) are one draw of these texts, and the last m
+    rows another. The gradient is (cost_1 - cost_2) grad (log q_1 - log q_2) / 2, with costs as
+    plain numbers. The value means nothing."""
     difference = (cost[:m] - cost[-m:]).detach()
     return difference * (log_q[:m] - log_q[-m:]) / 2
 
@@ -341,8 +344,9 @@ def reinforce(cost, log_q, m):
 class LoMDM(nn.Module):
     """The network and its bound. One class is ARM, MDM, block diffusion and LoMDM: see Config.
 
-    Texts x are (B, L) long, L <= seq_len in whole blocks. A text z is one in which some tokens
-    are replaced by mask_id. K is the length of a block and n = L / K their number."""
+    Texts x are (B, L), L <= seq_len. L is a multiple of block_len, or less than one block. A text
+    z is one in which some tokens are replaced by mask_id. K = min(L, block_len) is the length of a
+    block and n = L / K their number."""
 
     def __init__(self, config):
         super().__init__()
@@ -351,8 +355,8 @@ class LoMDM(nn.Module):
         C = config.n_embd
         self.wte = nn.Embedding(config.vocab_size + 1, C)  # the last row is [MASK]
 
-        # Rotary embeddings tell distances only. If all tokens are [MASK], all positions look
-        # alike, and no order could prefer a place to start. Hence wpe besides.
+        # Rotary embeddings decide who looks at whom, not what is found. If all tokens are [MASK],
+        # all positions find the same, and no order could prefer a place to start. Hence wpe.
         self.wpe = nn.Embedding(config.seq_len, C)
         self.blocks = nn.ModuleList(Block(config, config.dropout) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(C, eps=1e-5)
@@ -509,24 +513,25 @@ class LoMDM(nn.Module):
         return token_nll.view_as(hidden) * hidden, w_hat.view_as(hidden)
 
     def loss(self, x):
-        """What training minimises, for x (B, L): a loss whose gradient counts, and a dict of
-        detached metrics. Report metrics["nelbo"] (negative evidence lower bound), which is the
-        bound (2) in nats per token.
+        """What training minimises, for x (B, L): a loss for backward(), and a dict of detached
+        metrics. Report metrics["nelbo"] (negative evidence lower bound), an unbiased estimate of
+        the bound (2) in nats per token.
 
         Without a learned order, this is the six lines at the top of the file, up to how k is
-        drawn (sections 6 and 7), and without middle_steps it is the bound. With a learned
-        order, autograd cannot see how w changes which order is drawn. REINFORCE can: to the
-        gradient of the cost it adds cost * (grad log q). That is noisy. But E grad log q is 0,
-        as the probabilities of all orders always sum to 1. So any number that does not depend
-        on the order may be subtracted from this cost, and the mean stays as it is. So draw two
-        orders of a text, at the same k, and subtract the cost of the other one:
+        drawn (sections 6 and 7). With a learned order, autograd cannot see how w changes which
+        order is drawn. REINFORCE can: to the gradient of the cost it adds cost * (grad log q).
+        That is noisy. But E grad log q is 0, as the probabilities of all orders always sum to 1.
+        So the mean stays as it is if the cost is lessened by a number that the drawn order has no
+        influence on. The cost of a second order of the same text, at the same k, is such a number.
+        So order 1 gives (cost_1 - cost_2) grad log q_1, order 2 gives (cost_2 - cost_1) grad log
+        q_2, and we take the mean of both:
 
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
 
         Here log q is that of the first k places. What comes next needs no draw, as jump_terms()
-        averages over it.
-        With several blocks, each has its own order, k, cost and equation (3)."""
+        averages over it. With several blocks, each has its own order, k, cost and equation (3):
+        a block sees the others clean or not at all, so their orders do not matter to its cost."""
         self.check(x)
         B, L = x.shape
         K = min(L, self.config.block_len)
@@ -610,8 +615,9 @@ class LoMDM(nn.Module):
         temperature, top_k, top_p: see probabilities(). cache: see CachedReader, which changes
         nothing but the time.
 
-        Is a sample a draw from p? It is with "order", one per_step, and nothing given but
-        whole blocks in front. If other tokens are given, it is a draw from something near
+        Is a sample a draw from p? It is if by is "order", per_step 1, nothing is changed by
+        temperature, top_k or top_p, and nothing is given but whole blocks in front. If other
+        tokens are given, it is a draw from something near
         p(rest | given): the model starts midway in an order, and its own order might not have
         begun with the given tokens. Tokens that are given in later blocks are not seen.
 
@@ -633,7 +639,7 @@ class LoMDM(nn.Module):
                 # Where? At the hidden positions that win the race, or have the largest score.
                 h = read(x[:, :end])  # (B, K, C)
                 score = self.score(h, by)  # (B, K)
-                if by in ("order", "random"):  # race(): 1 / arrival, the first is the largest
+                if by in ("order", "random"):  # as race(), 1 / arrival: the first has the largest
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~hidden, -torch.inf)
                 best = score.argsort(dim=1, descending=True, stable=True)
@@ -746,7 +752,7 @@ def stratified_counts(B, n, K, generator=None, device=None):
     The added code is so that the k of a batch are spread evenly over {0 .. K-1}. With randint,
     a batch of mostly hidden texts is hard by accident, and one of mostly revealed texts is
     easy. That noise has nothing to do with the model. Without it the loss of a batch of 16
-    texts, for a small trained model, scatters by 0.10 nats per token in place of 0.16.
+    texts, for a small trained MDM, scatters by 0.10 nats per token in place of 0.16.
 
     How? Put the N = B n blocks on a circle, evenly spaced, and turn it by a random amount,
     turn / K of their spacing. A block that stands at the fraction s of the circle reveals s K
@@ -838,14 +844,14 @@ def nll(model, h, x):
 # The bound counts all steps k of an order alike. Are all of them worth as much in training? At
 # the first steps nearly nothing is visible, and there is little to learn but how frequent
 # tokens are. At the last ones few tokens are hidden, and a step that teaches from few tokens is
-# noisy. So training may weigh the middle more. What a network should best say where some set
-# of tokens is visible does not depend on how often it is asked. What does depend on it: where a
-# network that is too small for everything makes its errors, and which order is best.
+# noisy. So training may weigh the middle more. The best guess for a given set of visible tokens
+# does not depend on how often it is asked for. But a network that is too small to be right
+# everywhere is then better in the middle, and the order that it learns is the best for the middle.
 
 
 def middle_counts(k, K):
     """Counts k (..) that are uniform on {0 .. K-1} -> counts (..) of which those in the middle
-    come more often, and how many times as often each of them comes, (K,).
+    come more often, and `often` (K,): how probable each count then is, times K.
 
     The added code is so that an MDM learns in two thirds of the steps. k / K gets a triangular
     density: 0 at 0, 2 at 1/2, 0 at 1, straight lines between. Its integral from 0 to s is

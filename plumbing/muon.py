@@ -1,11 +1,11 @@
 """
 Muon, an optimizer for matrices (Keller Jordan and others, 2024).
 
-The gradient of a matrix is U S V^T: directions u v^T, one for each singular value in S, which says
+The gradient with respect to a matrix is U S V^T: directions u v^T, one for each singular value in S, which says
 how large it is. A few are large and most are small. Adam's steps are mostly along the large ones.
 But small directions may matter as much, only more rarely. Muon takes the mean of the last
-gradients, and steps along U V^T, equally far in all of its directions. How many steps of training
-that saves is in experiments/RESULTS.md.
+gradients, and steps along U V^T, equally far in all of its directions. What that saves is in
+experiments/TRIED.md.
 
 It is for the matrices inside a network. Embeddings, the output layer and vectors stay with AdamW.
 torch.optim.Muon is the same up to the length of a step, but computes in bfloat16, which a CPU that
@@ -21,7 +21,7 @@ def orthogonal(M):
 
     How? Take the polynomial p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5. A small s becomes 3.4 times
     as large, and what is between 0.7 and 1.2 stays about there. So p applied five times brings
-    every s from 0.0016 to 1 to between 0.7 and 1.2. With X = U S V^T and A = X X^T,
+    every s in [0.0016, 1] to about [0.7, 1.2]. With X = U S V^T and A = X X^T,
 
         A X = U S^3 V^T        A A X = U S^5 V^T
 
@@ -46,7 +46,7 @@ def orthogonal(M):
 
 
 def polynomial(A):
-    """P for A (n, a, a)."""
+    """P for A (n, a, a): p(s) / s, with A in the place of s^2."""
     one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return 3.4445 * one - 4.775 * A + 2.0315 * (A @ A)
 
@@ -81,7 +81,8 @@ class Muon(torch.optim.Optimizer):
             # Nesterov: the mean as it would be if this gradient came once more.
             directions.append(p.grad.lerp(state["mean"], group["momentum"]))
 
-        # The mean square of an orthogonal matrix (a, b) is 1 / max(a, b).
+        # An (a, b) matrix whose singular values are all 1 has the sum of squares min(a, b), so the
+        # mean square 1 / max(a, b). This factor makes the root of that 0.5.
         steps = orthogonal(torch.stack(directions)) * 0.5 * max(same[0].shape) ** 0.5
         for p, step in zip(same, steps, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
