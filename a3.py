@@ -4,10 +4,13 @@ arXiv:2601.13228 ("any-order, any-subset autoregression").
 
 A masked diffusion model can write in any order, but its likelihood is only bounded, and it
 reads everything anew for every token. A GPT has an exact likelihood and a cache, but one
-order. A3 has all three. Cut the positions of a text x (B, L) into groups G_1, .., G_K and
-predict one group after another, the tokens of a group at once:
+order. A3 has any order, an exact likelihood, and a cache. Cut the positions of a text x (B, L)
+into groups G_1, .., G_K and predict one group after another, the tokens of a group at once,
+independently of each other:
 
     log p(x)  =  sum_k  sum_{i in G_k}  log p(x_i | x_{G_1}, .., x_{G_{k-1}})             (1)
+
+Other groups, or another order of them, give another p(x).
 
     groups                           what it is then
     {0}, {1}, .., {L-1}              a GPT                              chunk_groups(B, L)
@@ -17,7 +20,8 @@ predict one group after another, the tokens of a group at once:
 
 In code, `groups` (B, L) holds the number of each position's group, a partition of its own for
 every text. Only the order of the numbers counts. A negative number marks a token that is
-given, like a prompt: it is read and not predicted.
+given, like a prompt: it is read and not predicted. Given tokens are read one by one, each as
+a group of its own: see ranks().
 
     log_p = model.log_prob(x, groups)  # (B, L): equation (1), term by term, in nats
     x = model.generate(x, groups)      # the same groups, drawn one after another
@@ -28,11 +32,12 @@ every position is computed twice, with the same weights. These are the two strea
     content h_i   knows x_i, and sees the content of its own and earlier groups
     query q_i     knows i but not x_i, and sees the content of earlier groups
 
-Nobody sees a query. Of its last state, the last layer makes p(x_i | ..).
+Nobody sees a query. From its last state the output layer makes p(x_i | ..).
 
-As in a GPT, the sequence begins with a start token, which all may see. It is in slot 0, and
-the content of token i in slot i + 1. The query for token i stands one slot before, in slot i,
-where a GPT predicts it. Take the text a b c d with the groups 1 0 2 0: first b and d at once,
+The sequence begins with a start token, which all may see, so that the first token is predicted
+like the others. It is in slot 0, and the content of token i in slot i + 1. The query for token
+i stands one slot before, in slot i. There a GPT with a start token reads token i - 1 and
+predicts token i. Take the text a b c d with the groups 1 0 2 0: first b and d at once,
 then a, then c. A row sees a column where there is a #:
 
     slot              0     1  2  3  4        slot              0     1  2  3  4
@@ -45,9 +50,9 @@ then a, then c. A row sees a column where there is a #:
 
 The query for token i shares its slot with token i - 1. Its input is the embedding of that token
 if it may see it, otherwise one learned vector. Left to right each query then has the input of a
-GPT in that slot, and sees the same, so it computes the same. So a trained GPT can be loaded,
-and the A3 predicts what it predicted. (In the paper the learned vector is the input of all
-queries: left_neighbour=False.)
+GPT in that slot, and sees the same, so it computes the same. So a trained GPT can be loaded, and
+left to right the A3 predicts what it predicted. (In the paper the learned vector is the input of
+all queries: left_neighbour=False.)
 
 The sections of this file:
 
@@ -139,8 +144,9 @@ def who_sees(key_rank, content_rank, query_rank):
 
 
 # ---- 2. the network ----------------------------------------------------------------------
-# This is a GPT with the parts of LLaMA: RMSNorm, rotary embeddings, a gated MLP. The block is
-# in parts, as both streams ask, by queries(), but only content answers, by keys_values().
+# This is a GPT with the parts of LLaMA: RMSNorm, rotary embeddings, a gated MLP. In a Block the
+# queries are those of attention, which both streams have, and not the query stream. Both ask, by
+# queries(), but only content answers, by keys_values(). So the block is in parts.
 
 
 def rotary_tables(pos, head_dim):
@@ -185,22 +191,23 @@ class Block(nn.Module):
     def look_at(self, distances):
         """Let the first heads begin by looking at neighbours, one head for each of distances.
 
-        At first attention looks everywhere, and a [MASK] carries nothing of what is beside it.
-        So a model has to discover that neighbours matter, and for hundreds of steps it knows
-        only how frequent characters are. Biases of q and k can tell it: for k the vector (c, ..,
-        c, 0, .., 0), and for q this vector as rotate() turns it at position d. Pair j of channels
-        turns by f_j radians a position, so the product of the two begins as
+        At first attention looks everywhere, and the input at a hidden token says little or
+        nothing of what is beside it. So a model has to discover that neighbours matter, and for
+        hundreds of steps it knows only how frequent characters are. Biases of q and k can tell
+        it: for k the vector (c, .., c, 0, .., 0), and for q this vector as rotate() turns it at
+        position d. Pair j of channels turns by f_j radians a position, so the product of the two
+        begins as
 
             c^2 sum_j cos(f_j (position of key - position of query - d))
 
-        which is largest for the key at the distance d, the left neighbour if d is -1. Attention
+        which is largest for the key at the distance d, one place to the left if d is -1. Attention
         divides it by sqrt(head_dim). With c = 5 and head_dim 32, that key then weighs e^3 times
         one beside it. It is only the beginning: training may move it.
         The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
-        for head, d in enumerate(distances):  # none of them, and there is no bias
+        for head, d in enumerate(distances):  # if there are any, qkv has a bias
             bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
             bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
             bias[1, head] = k
@@ -255,7 +262,7 @@ class A3(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.n_embd
         self.start_id = V
-        self.mask_id = V  # in the texts that sample() gets: to be filled in, and never embedded
+        self.mask_id = V  # what sample() fills in. The same number, but wte never gets it
         self.wte = nn.Embedding(V + 1, C)  # the last row is the start token
 
         # A query that sees just the start token puts weight 1 on it, whatever the distance.
@@ -280,9 +287,10 @@ class A3(nn.Module):
                 nn.init.zeros_(p)
 
         # The query for token i is in slot i, and tokens i - 1 and i + 1 are in slots i and
-        # i + 2, at the distances 0 and 2. Then come -1, 3, .. (Content is in a slot of its own,
-        # and counts from there.) With three of four heads local, two look back, and one ahead,
-        # where it finds nothing if texts are read from left to right.
+        # i + 2, at the distances 0 and 2. Then come -1, 3, .. (For the content of token i, in slot
+        # i + 1, the distance 0 is itself, and -1 its left neighbour.) With three of four heads
+        # local, two look back, and one ahead, where it finds nothing if texts are read from left
+        # to right.
         n = round(config.local_heads * config.n_head)
         for block in self.blocks:
             block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])
@@ -344,8 +352,8 @@ class A3(nn.Module):
         return self.norm(q)
 
     def features(self, x, groups):
-        """The queries' last states (B, L, C) for texts x and their groups: the picture
-        above."""
+        """The queries' last states (B, L, C) for texts x and their groups: the picture above, as
+        it stands. log_prob() uses sorted_features(), which gives the same and costs less."""
         self.check(x, groups)
         rank = ranks(groups)
         left = self.left_neighbours(x, visible=rank[:, :-1] < rank[:, 1:])
@@ -390,8 +398,8 @@ class A3(nn.Module):
     def nelbo(self, x, n_draws=1, order="random", size=1, generator=None):
         """-log p(x) (B,) in nats, in groups of `size`. In the order "left", which means from
         left to right, it is exact. For "random" it is the mean of n_draws random orders. Each
-        of them is exact for itself, and their mean is at least -log of the mean of p over all
-        orders."""
+        of them is exact for itself. On average over the draws this is at least -log of the mean
+        of p over all orders, so it estimates an upper bound of that."""
         need(order in ("left", "random"), f"order must be 'left' or 'random', not {order!r}")
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
         self.check(x)
@@ -406,9 +414,10 @@ class A3(nn.Module):
 
     @torch.no_grad()
     def load_arm(self, state_dict):
-        """Become a trained GPT, an ARM of lomdm.py, to rounding. Names and shapes are the
-        same. New is only the vector as which a query begins if its left neighbour is hidden:
-        it becomes the mean embedding. ValueError if other names or shapes are found."""
+        """Take the weights of a trained GPT, an ARM of lomdm.py. Left to right this then predicts
+        what the GPT does, to rounding, unless left_neighbour is False. Names and shapes are the
+        same. New is only the vector as which a query begins if its left neighbour is hidden: it
+        becomes the mean embedding. ValueError if other names or shapes are found."""
         mine = {name: tuple(p.shape) for name, p in self.state_dict().items() if name != "query"}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
 
@@ -421,8 +430,8 @@ class A3(nn.Module):
     # ---- 4. decoding ---------------------------------------------------------------------
 
     def generate(self, x, groups, **how):
-        """Fill what has groups >= 0 in x (B, L), one group a call: a draw from p(x | given),
-        which is exact. how: temperature, top_k, top_p, generator, cache; see sample()."""
+        """Fill what has groups >= 0 in x (B, L), one group a call: with the defaults an exact draw
+        from p(x | given). how: temperature, top_k, top_p, generator, cache; see sample()."""
         # With L positions at a time, all of a group are filled at once, whatever the rule.
         return self.decode(x, groups, x.shape[-1], "left", **how)[0]
 
@@ -460,8 +469,8 @@ class A3(nn.Module):
         of a group the per_step positions at a time that are first by the rule `by`.
 
         Returns x and revealed_at (B, L): the number of the step that filled a position, and
-        the given tokens' groups as they were. As groups for log_prob() these give the
-        probability of what was drawn."""
+        the given tokens' groups as they were. As groups for log_prob() these give the probability
+        of what was drawn in this order, with the default temperature, top_k and top_p."""
         self.check(x, groups)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         L = x.shape[1]
@@ -539,7 +548,7 @@ def certainty(logits, by):
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """What tokens are drawn from, logits (.., V) -> (.., V): softmax of logits / temperature,
     0 takes the likeliest. Of that, the top_k likeliest tokens; and of those the fewest that
-    together have the probability top_p."""
+    together reach top_p, or all if they do not. Both cuts go by the probabilities before."""
     V = logits.shape[-1]
     top_k = V if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
@@ -633,9 +642,10 @@ class Cache:
         new = is_revealed & ~self.committed
         self.committed |= new
 
-        # What is new comes into memory, each token in the slot behind its position. Once it is
-        # revealed, its rank stays. Rows with fewer new tokens are padded with places of rank
-        # L. The queries see all ranks below L, so nobody sees these.
+        # What is new comes into memory, the token at position i in slot i + 1. Once it is
+        # revealed, its rank stays. Rows with fewer new tokens are padded with places of rank L.
+        # Queries see the ranks below L, and content its own, which is below L, and smaller ones.
+        # So nothing that counts sees the padding.
         place, real = pack(new)  # (B, n)
         tokens = x.gather(1, place).masked_fill(~real, 0)
         slots = place + 1
@@ -706,8 +716,8 @@ def nll(model, h, x):
 
 
 def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
-    """Progressive adaptation: the stage and the largest size of groups at step 0, 1, .. of
-    total_steps, which are cut into stages by shares. Later steps are as the last.
+    """Progressive adaptation: the stage and the size of groups, in stage 3 the largest size, at
+    step 0, 1, .. of total_steps, which are cut into stages by shares. Later steps are as the last.
 
         stage 1   one token a group, left to right. With left_neighbour=False the queries are
                   new, and learn here to predict. Otherwise a loaded GPT can do it already

@@ -171,22 +171,23 @@ class Block(nn.Module):
     def look_at(self, distances):
         """Let the first heads begin by looking at neighbours, one head for each of distances.
 
-        At first attention looks everywhere, and a [MASK] carries nothing of what is beside it.
-        So a model has to discover that neighbours matter, and for hundreds of steps it knows
-        only how frequent characters are. Biases of q and k can tell it: for k the vector (c, ..,
-        c, 0, .., 0), and for q this vector as rotate() turns it at position d. Pair j of channels
-        turns by f_j radians a position, so the product of the two begins as
+        At first attention looks everywhere, and the input at a hidden token says little or
+        nothing of what is beside it. So a model has to discover that neighbours matter, and for
+        hundreds of steps it knows only how frequent characters are. Biases of q and k can tell
+        it: for k the vector (c, .., c, 0, .., 0), and for q this vector as rotate() turns it at
+        position d. Pair j of channels turns by f_j radians a position, so the product of the two
+        begins as
 
             c^2 sum_j cos(f_j (position of key - position of query - d))
 
-        which is largest for the key at the distance d, the left neighbour if d is -1. Attention
+        which is largest for the key at the distance d, one place to the left if d is -1. Attention
         divides it by sqrt(head_dim). With c = 5 and head_dim 32, that key then weighs e^3 times
         one beside it. It is only the beginning: training may move it.
         The other heads begin without, and find what is far. (This is in neither paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
-        for head, d in enumerate(distances):  # none of them, and there is no bias
+        for head, d in enumerate(distances):  # if there are any, qkv has a bias
             bias = self.qkv.bias.data.view(3, self.n_head, D)  # of q, k and v
             bias[0, head] = rotate(k, *rotary_tables(torch.tensor(d), D))
             bias[1, head] = k
@@ -697,7 +698,7 @@ def certainty(logits, by):
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """What tokens are drawn from, logits (.., V) -> (.., V): softmax of logits / temperature,
     0 takes the likeliest. Of that, the top_k likeliest tokens; and of those the fewest that
-    together have the probability top_p."""
+    together reach top_p, or all if they do not. Both cuts go by the probabilities before."""
     V = logits.shape[-1]
     top_k = V if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p

@@ -1,28 +1,32 @@
 """
-LoA3: a learned order on two streams, the union of both papers and in neither.
+LoA3: a learned order on two streams. It joins A3 (a3.py) and LoMDM (lomdm.py, which derives the
+bound below), and is in neither paper.
 
-A step of LoMDM scores one step of an order. The more decided the order, the fewer tokens that
-step teaches, as w_i / W is then near 1 for one position and near 0 for the others. A pass of
-A3 scores all steps of an order, but its orders are random. So draw an order from a learned
-distribution, and score all its steps on A3's two streams. The model draws an order by q_hat,
-then a text in that order. To train, the order is drawn by q, which has seen the text:
+LoMDM draws the next position from those that are left, i with probability w_i / W, where w are
+learned weights and W is their sum. A training step of it scores one step of an order, where the
+token at i counts w_i / W. The more decided the order, the fewer tokens that teaches, as w_i / W
+is then near 1 for one position and near 0 for the others. A pass of A3 scores all steps of an
+order, but its orders are random. So draw an order from a learned distribution, and score all its
+steps on A3's two streams. The model draws an order by q_hat, then a text in that order. To train,
+the order is drawn by q, which has seen the text:
 
     p(x) = sum_order  q_hat(order)  prod_k p(x_{order_k} | x_{order_<k})                        (1)
 
     -log p(x)  <=  E_{order ~ q(. | x)}  sum_k [ -log p(x_{order_k} | x_{order_<k})   recon     (2)
                         + log q(order_k | order_<k, x) - log q_hat(order_k | order_<k) ]   order
 
-This is the bound of lomdm.py with all L terms at once, and with a q_hat that does not look at
-the tokens. With q and q_hat uniform it is A3's loss for random orders. With all weight on left
-to right it is the loss of a GPT.
+Step k of an order reveals position order_k. This is the bound of lomdm.py with all L terms at
+once, and with a q_hat that does not look at the tokens. With q and q_hat uniform it is, divided by
+L, A3's loss for random orders. With all weight on left to right it is the loss of a GPT.
 
 What orders are there? A text is read in one of three ways: roughly from left to right, roughly
 from right to left, or, for a fixed share of the texts, in random order, which keeps the model
-able to fill gaps. Each way is a race as in lomdm.py, whose log-weights fall or rise along the
-text. So the order that is learned is above all a choice between two directions. From equal
-weights, REINFORCE found no direction by moving single ones: the noise of a text's cost is a
-hundred times the effect (experiments/TRIED.md). So both directions are there from the start, and
-it chooses between them.
+able to fill gaps. Each way is a race as in lomdm.py: position i, with the log-weight s_i, is next
+with probability exp(s_i) / (the sum over those that are left). Along the text the log-weights
+fall, rise, or are all 0. So the order that is learned is above all a choice between two
+directions. REINFORCE, see loss(), found none when all log-weights began equal and each was learned:
+the noise of a text's cost is a hundred times the effect (experiments/TRIED.md). So both directions
+are there from the start, and REINFORCE chooses between them.
 """
 
 import math
@@ -52,14 +56,14 @@ class Order(nn.Module):
         q_hat         draws the direction with probabilities that are the same for all texts
         q             draws it with probabilities to which each kind of token in x adds a vote
 
-    At first left to right has two chances of three, for q and q_hat, which ended better than
-    even chances. Each step begins as 6 forwards and -6 backwards: a position weighs e^6
-    times the next in its direction. All of this is learned.
+    At first left to right has two of three chances, for q and q_hat. Runs that began so ended
+    better than with even chances. Each step_i begins as 6 forwards and -6 backwards: a position
+    weighs e^6 times the next in its direction. All of this is learned.
 
-    Every parameter is a logit or a step divided by `scale`. So its gradient is 40 times as
-    large as that of the logit, and moving it by little moves the logit 40 times as much.
-    Without that, a logit could not get from 0 to 10 in a short training at the learning rate
-    of the network. With 40, a direction is decided in 50 to 100 steps."""
+    Every parameter is a logit or a step_i divided by `scale`, 40. So its gradient is 40 times
+    that of the logit, and moving it a little moves the logit 40 times as much. Without that, a
+    logit could not get from 0 to 10 in a short training at the learning rate of the network. With
+    40, a direction is decided in 50 to 100 steps."""
 
     scale = 40.0
 
@@ -171,11 +175,13 @@ class LoA3(a3.A3):
         dict of detached metrics, of which "nelbo" is the bound (2) in nats per token. With
         groups, A3's.
 
-        Autograd cannot see how q changes which order is drawn. So log q of step k gets a weight
-        (REINFORCE): its text's costs from k on, as a choice answers for what comes after it.
-        From that the mean over the other texts is subtracted, to lessen the noise. A number
-        less the mean of the B - 1 others is B / (B - 1) times the number less the mean of
-        all."""
+        The gradient of a mean over orders drawn by q is E[grad cost] + E[cost grad log q]. The
+        second part, how q changes which order is drawn, autograd cannot see (REINFORCE). So log q
+        of step k gets a weight: its text's costs of the steps k, k + 1, .., as earlier ones do
+        not depend on this choice. From that the mean over the other texts is subtracted. This
+        text's order has no influence on it, so it lessens the noise and leaves the mean gradient
+        as it is. A number less the mean of the B - 1 others is B / (B - 1) times the number less
+        the mean of all. The value of the loss means nothing: see "nelbo"."""
         if groups is not None:
             return super().loss(x, groups, single)
         B = len(x)
@@ -197,8 +203,8 @@ class LoA3(a3.A3):
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, order="learned", size=1, generator=None):
-        """The bound (2) on -log p(x), (B,) in nats per text, the mean of n_draws orders. For
-        the order "left" or "random": see A3."""
+        """An unbiased estimate (B,) of the bound (2) on -log p(x), in nats per text: the mean of
+        n_draws orders. For the order "left" or "random" see A3. Only these have a size."""
         if order != "learned":
             return super().nelbo(x, n_draws, order, size, generator)
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
@@ -249,9 +255,10 @@ class LoA3(a3.A3):
     def parameter_groups(self):
         """What an optimiser should know about the order.
 
-        No weight decay. A large eps: where gradients are far below 0.3, Adam is then plain
-        gradient descent with the rate lr / 0.3, while with a small eps it would blow up noise.
-        No learning in the first third of the steps (train_step() sets lr to 0). Until then
+        No weight decay. A large eps: where the gradients of these parameters are far below 0.3,
+        Adam is then gradient descent with momentum, at the rate lr / 0.3, while with a small eps
+        it would blow up noise. No learning in the first third of the steps (train_step() of
+        train_char.py sets lr to 0). Until then
         both directions are read, as the one that is easy first is often the wrong one. Not
         clipped with the network's gradients, which these would then make smaller."""
         params = list(self.order.parameters())

@@ -1,11 +1,11 @@
 """
 Muon, an optimizer for matrices (Keller Jordan and others, 2024).
 
-The gradient with respect to a matrix is U S V^T: directions u v^T, one for each singular value in S, which says
-how large it is. A few are large and most are small. Adam's steps are mostly along the large ones.
-But small directions may matter as much, only more rarely. Muon takes the mean of the last
-gradients, and steps along U V^T, equally far in all of its directions. What that saves is in
-experiments/TRIED.md.
+The gradient with respect to a matrix is U S V^T: directions u v^T, one for each singular value in
+S, which says how large it is. A few are large and most are small. Adam's steps are mostly along
+the large ones. But small directions may matter as much, only more rarely. Muon takes the mean of
+the last gradients, and steps along U V^T, equally far in all of its directions. What that saves
+is in experiments/TRIED.md.
 
 It is for the matrices inside a network. Embeddings, the output layer and vectors stay with AdamW.
 torch.optim.Muon is the same up to the length of a step, but computes in bfloat16, which a CPU that
