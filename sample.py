@@ -38,8 +38,8 @@ class Settings:
     prompt_file: str | None = flag(None, "or a file that holds it; - is standard input")
     infill: str | None = flag(
         None,
-        r"text with gaps, each _ one token (which most often has its "
-        r"own space: is__. not is __.); \_ is a _",
+        r"text with gaps, each _ one token; \_ is a _. Most tokens of gpt2 and of LLaMAs "
+        r"bring their own space: is__. not is __.",
     )
     begin: bool | None = flag(None, "begin a document [if trained on separate documents]")
     length: int | None = flag(None, "tokens in all, prompt included [the window]", least=1)
@@ -64,7 +64,8 @@ def folder_of(s):
     """The folder of the model: --out_dir, or out. Before anything has been trained, that is the
     LoA3 which comes with the code."""
     ready = READY / "loa3"
-    if s.out_dir or Path("out").exists() or not ready.exists():
+    is_run = any(Path("out", name).exists() for name in checkpoint.RUN_FILES)
+    if s.out_dir or is_run or not ready.exists():
         return Path(s.out_dir or "out")
     print(f"no model in out/ yet, so that of {ready} writes: see --out_dir", file=sys.stderr)
     return ready
@@ -82,7 +83,7 @@ def check_flags(s):
     paths = [Path(path).resolve() for path in (s.html, s.svg) if path]
     for path in paths:
         free = path.name not in checkpoint.RUN_FILES and paths.count(path) == 1
-        need(free, f"{path.name}: take another name, this one is a run's or there twice")
+        need(free, f"{path.name}: --html and --svg take two names, and none of a run's files")
 
 
 def check_model(s, model, name, n):
@@ -91,7 +92,8 @@ def check_model(s, model, name, n):
     if s.infill is not None:
         need(n <= L, f"the text has {n} tokens, the model's window {L}")
     elif s.length is None:
-        need(n < L, f"the prompt fills the window: --length above {n}?")
+        more = f"--length {n + L} writes {L} more"
+        need(n < L, f"the prompt's {n} tokens fill the window of {L}: {more}")
     else:
         need(s.length > n, f"--length {s.length}: the prompt has {n} tokens already")
 
@@ -159,8 +161,8 @@ def write(model, s, x, length, end, generator):
     its window the model reads the last half of one, in whole blocks, and fills the other.
 
     A short text is followed by [MASK]s up to the end of its block, as a diffusion model has
-    only seen whole ones. They get filled, too, and thrown away. An ARM and an A3 have blocks
-    of one, so there is nothing to throw away."""
+    only seen whole ones. They get filled, too, and thrown away. For an ARM and an A3, K = 1, so
+    there is nothing to throw away."""
     L = model.config.seq_len
     given = x.shape[1]
     K = getattr(model.config, "block_len", 1)
@@ -229,7 +231,7 @@ def main(argv=None):
     samples = cut(x, revealed_at, n, tokenizer, first=int(begin))
     pictures.show(samples, s.show == "order")
     if s.html:
-        best = f"validation {ckpt['best']:.3f} nats per token after {ckpt['step']:,} steps"
+        best = f"validation {ckpt['best']:.3f} {tokenizer.unit} after {ckpt['step']:,} steps"
         pictures.write(s.html, pictures.page(samples, f"Written by {name}, {best}."))
     if s.svg:
         pictures.write(s.svg, pictures.svg(samples))

@@ -10,9 +10,9 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
 Settings left out follow the preset, and the preset follows the device. All that is random in a
-step follows from the seed, the step and the micro-batch. So a run that was killed goes on
-exactly as it would have, and N processes do what one does with the same
---gradient_accumulation_steps.
+step follows from the seed, the step and the micro-batch. So --resume goes on from last.pt, which
+Ctrl-C and each validation write, as the unbroken run would: on a CPU bit for bit. N processes do
+what one does with the same --gradient_accumulation_steps, up to rounding.
 """
 
 import inspect
@@ -46,7 +46,7 @@ from plumbing.tokenizers import TOKENIZERS
 MODELS = {
     "arm": (lomdm.LoMDM, lomdm.Config, {"block_len": 1}),  # blocks of one, left to right: a GPT
     "mdm": (lomdm.LoMDM, lomdm.Config, {}),  # one block, and all orders are equally likely
-    "block": (lomdm.LoMDM, lomdm.Config, {}),  # --block_len is in between
+    "block": (lomdm.LoMDM, lomdm.Config, {}),  # with --block_len in between, 16 by settle()
     "lomdm": (lomdm.LoMDM, lomdm.Config, {"learn_order": True}),  # some orders are likelier
     "a3": (a3.A3, a3.Config, {}),  # groups on two streams
     "loa3": (loa3.LoA3, loa3.Config, {}),  # a learned order on two streams
@@ -80,9 +80,9 @@ def figures_of(model):
 
 
 def code_of(name, adapted=False):
-    """The files from which the figures of a run come: those of its model, this one, and those
-    of a model that it began with. A digest of them is in the log. It shows whether a figure
-    was made by today's code."""
+    """The files whose digest goes into the log, to tell whether a figure was made by today's
+    code: those of the model's classes, this one, and with --init_from what loads a model. The
+    run that it began with has a digest of its own."""
     cls, _, _ = MODELS[name]
     classes = cls.__mro__[:-2]  # without nn.Module and object, whose files are not ours
     files = {inspect.getfile(c) for c in classes} | {__file__}
@@ -93,7 +93,7 @@ def code_of(name, adapted=False):
 
 # ---- settings --------------------------------------------------------------------------------
 
-SMALL = {  # nanoGPT's laptop size
+SMALL = {  # a model of nanoGPT's laptop size
     "data": "shakespeare",
     "n_layer": 4,
     "n_head": 4,
@@ -108,7 +108,7 @@ SMALL = {  # nanoGPT's laptop size
     "warmup_iters": 100,
     "eval_interval": 250,
 }
-FILM = {  # films of a cellular automaton, last moment first; worse in bfloat16
+FILM = {  # films of a cellular automaton, last moment first; in bfloat16 models end worse
     "dtype": "float32",
     "data": "automaton",
     "n_layer": 3,
@@ -126,7 +126,7 @@ BASE = {  # nanoGPT's size for tinyshakespeare on one GPU
     "max_iters": 5000,
     "eval_interval": 250,
 }
-GPT2 = {  # GPT-2 small: 16 * 32 * 1,024 tokens a step, 10 billion in all
+GPT2 = {  # GPT-2 small: SMALL's 16 * 32 * 1,024 tokens a step, 10 billion in all
     "n_layer": 12,
     "n_head": 12,
     "n_embd": 768,
@@ -262,15 +262,16 @@ def next_document(text, start, L, mark):
 
 
 def get_batch(s, text, step, m, device, mark=None):
-    """Windows (batch_size, seq_len) for micro-batch m of a step. The seed that is set here
-    also decides what the loss draws: orders, and dropout.
+    """Seed all that is random in micro-batch m of a step, also the orders and the dropout that
+    the loss draws. Then draw its windows (batch_size, seq_len).
 
     mark: the token with which documents begin, None if they have none. A sample begins with it,
     but few windows do. So a quarter of the windows is moved on to begin with the next mark. If
     the lengths of documents say nothing about their neighbours, what follows the mark stays as
     likely as it was. Another first token keeps at least 3/4 of its probability. So a window
-    that begins with one, as most do in validation, costs at most -log(3/4) = 0.29 nats more."""
-    entropy = (s.seed, step, m + 1)  # not m, as SeedSequence drops a 0 at the end
+    that begins with one, as most do in validation, costs at most -log(3/4) = 0.29 nats more in
+    all."""
+    entropy = (s.seed, step, m + 1)  # a 0 at the end would not count: (a, b, 0) seeds as (a, b)
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
 
@@ -374,8 +375,8 @@ def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
         each.append(metrics)
     processes.average_gradients(model)
 
-    # Parameters that wait for their time are not clipped, and do not move before: see
-    # LoA3.parameter_groups().
+    # Groups with starts_after do not move before that share of the steps, and are never clipped:
+    # see LoA3.parameter_groups().
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     plain = [group for group in groups if "starts_after" not in group]
     norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)
@@ -392,8 +393,8 @@ def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
 
 def report(s, step, pending, stop, took, in_all, saved_at, bar):
     """Log the mean of the metrics since the last report, `pending`, a list of dicts. took and
-    in_all: the seconds of these steps, and of the run. Returns whether any process was asked
-    to stop."""
+    in_all: the seconds of training, in these steps and in all. Validating and saving do not
+    count. Returns whether any process was asked to stop."""
     numbers = torch.stack([torch.stack(list(metrics.values())) for metrics in pending])
     numbers, stopping = processes.mean_and_any(numbers, stop)  # (steps, metrics)
     cli.refuse_nan(numbers.sum(1).tolist(), step - len(pending) + 1, saved_at)
@@ -493,7 +494,8 @@ def train(s, device, corpus, model, ckpt, about):
 
 
 def where_is(s, ckpt, given=()):
-    """Make a path that is found only from the folder where the run began what it was there."""
+    """Paths in s may be relative to ckpt["cwd"], the folder where the run began. Where one is
+    found from there and not from here, put the full path in its place."""
     for name in ("data", "val_data", "tokenizer", "data_dir"):
         path = getattr(s, name)
         is_path = path and name not in given and path not in {*data.SOURCES, *TOKENIZERS}
@@ -517,7 +519,7 @@ def go_on(given):
     """The run that --resume names: its settings, with what may be changed and is given, its
     checkpoint, its model, and the lock of its folder."""
     out = Path(given.get("out_dir", Settings.out_dir))
-    lock = checkpoint.only_run(out)  # first, as a run that is just ending still saves
+    lock = checkpoint.only_run(out)  # before last.pt is read: an ending run may be writing it
     ckpt, model = checkpoint.load(out / "last.pt", make_model)
 
     # On another kind of device, what follows it is settled anew.

@@ -2,8 +2,8 @@
 The folder of a run: ckpt.pt (the best), last.pt (the latest), log.jsonl, and who may write
 to it.
 
-Files appear whole or not at all. Loading one never runs code that is in it. Of several
-processes the first one writes; the others pass by.
+Checkpoints appear whole or not at all; log.jsonl may end in half a line. Loading never runs code
+that is in a file. Of several processes the first one writes; the others pass by.
 """
 
 import ast
@@ -39,7 +39,11 @@ def write_file(path, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # RuntimeError is how torch.save reports a full disk
+    except (OSError, RuntimeError) as e:
+        # torch.save reports a full disk as a RuntimeError of its zip writer.
+        is_writer = "PytorchStreamWriter" in str(e) or "inline_container" in str(e)
+        if isinstance(e, RuntimeError) and not is_writer:
+            raise
         reason = getattr(e, "strerror", None) or f"is the disk full? ({str(e)[:60]})"
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
@@ -96,6 +100,8 @@ def load(path, make, device="cpu"):
         how = f"train one: python train_char.py --out_dir {path.parent}"
         if path.with_name("last.pt").is_file():
             how = "not validated yet, --resume goes on"
+        if path.with_name("ckpt.pt").is_file():
+            how = f"a ckpt.pt does not go on, but --init_from {path.parent} begins with its weights"
         raise UserError(f"no checkpoint at {path}; {how}")
 
     try:
@@ -117,7 +123,7 @@ def load(path, make, device="cpu"):
 # ---- who writes to the folder --------------------------------------------------------------
 def only_run(out):
     """Make the folder and keep other runs out of it, for as long as the object returned lives.
-    UserError if another run has it, or it can be no run's."""
+    UserError if another run has it, or it cannot be written to."""
     if RANK:
         return None
     try:
@@ -142,13 +148,13 @@ def set_aside(out):
     kept.mkdir()
     for path in files:
         os.rename(path, kept / path.name)
-    print(f"{out} held an earlier run; it is now in {kept}")
+    print(f"{out} held an earlier run; it is now in {kept} (--resume would have gone on with it)")
 
 
 # ---- the log -------------------------------------------------------------------------------
 def begin(out, ckpt, about):
-    """A new log whose header says what the run is about, beside which earlier ones are
-    kept; or, when a run goes on from ckpt, its old log."""
+    """A run begins: move the files of an earlier one aside, and write the header of a new log.
+    Or, if it goes on from ckpt, drop from its log what is younger."""
     if RANK:
         return
     if ckpt:
@@ -161,9 +167,14 @@ def begin(out, ckpt, about):
 
 def log(out, **values):
     """Append one line to log.jsonl."""
-    if RANK == 0:
-        with open(Path(out) / "log.jsonl", "a", encoding="utf-8") as f:
+    if RANK:
+        return
+    path = Path(out) / "log.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; then go on with --resume") from None
 
 
 def read_log(out):

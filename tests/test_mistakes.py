@@ -170,7 +170,7 @@ error: no checkpoint at young/ckpt.pt; not validated yet, --resume goes on
 $ sample --prompt 'to Be'                               # a character that was not in the text
 error: 'B' (first in line 1, character 4) does not occur in the text that this model was trained on
 $ sample --prompt 'to be, or not to be'                 # a prompt longer than the window
-error: the prompt fills the window: --length above 19?
+error: the prompt's 19 tokens fill the window of 16: --length 35 writes 16 more
 $ sample --prompt 'to be' --length 5                    # nothing is left to write
 error: --length 5: the prompt has 5 tokens already
 $ sample --infill 'to be'                               # no gap
@@ -184,7 +184,7 @@ error: --by order: a3 has not learned one
 $ sample --per_step 17                                  # more than there is to fill
 error: --per_step: lomdm fills in a block of 16 at most in one call
 $ sample --html good/ckpt.pt                            # a name that a checkpoint has
-error: ckpt.pt: take another name, this one is a run's or there twice
+error: ckpt.pt: --html and --svg take two names, and none of a run's files
 """
 
 

@@ -216,6 +216,8 @@ def test_before_anything_is_trained(trained, tmp_path, monkeypatch, capsys):
         assert torch.equal(small[1].get_parameter(name), p.bfloat16().float()), name
     assert small[0]["model"]["wte.weight"].dtype == torch.bfloat16
 
-    Path("out").mkdir()
+    Path("out").mkdir()  # a start that failed
+    sample.main(["--device", "cpu", "--num_samples", "1"])
+    Path("out", "log.jsonl").touch()
     with pytest.raises(UserError, match="no checkpoint at out/ckpt.pt; train one"):
         sample.main(["--device", "cpu"])
