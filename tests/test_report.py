@@ -164,7 +164,7 @@ def test_figures(logs):
     assert report.nats("mdm", "left") == "7.0000 ± 0.0000" and report.nats("time_arm") == "9.0000"
     lines = report.losses("arm", "mdm", "x2").splitlines()
     assert lines[2] == "| ARM | 20 x 4 | 10 | 4.6000 ± 0.3464 | 3 | exact |"
-    assert lines[3] == "| MDM | 20 x 4 in two orders | 10 | 4.4000 ± 0.3464 | 3 | bound |"
+    assert lines[3] == "| MDM | 20 x 4, a third of them twice | 10 | 4.4000 ± 0.3464 | 3 | bound |"
     assert lines[4].endswith("| exact, left |") and lines[5] == "" and len(lines) == 7
     one = "| ARM | 20 x 4 | 10 | 18.0000 (± 0.2000 over windows) | 1 | exact |"
     assert report.losses("time_arm", "x2").splitlines()[2] == one
