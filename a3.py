@@ -262,7 +262,7 @@ class A3(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.n_embd
         self.start_id = V
-        self.mask_id = V  # what sample() fills in. The same number, but wte never gets it
+        self.mask_id = V  # what sample() fills in: the same number, as no [MASK] is ever embedded
         self.wte = nn.Embedding(V + 1, C)  # the last row is the start token
 
         # A query that sees just the start token puts weight 1 on it, whatever the distance.

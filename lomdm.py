@@ -315,7 +315,7 @@ def jump_terms(nll, w, w_hat, hidden):
     one True. Returns three tensors (..) in nats:
         recon    what the token costs
         order    what the order costs, a KL divergence: at least 0, and 0 if w_hat is w
-        timing   what the papers' bound has on top, at least 0: see section 8, training does not"""
+        timing   what the papers' bound has on top, at least 0. Training leaves it out: section 8"""
     K = nll.shape[-1]
     W = (w * hidden).sum(-1, keepdim=True)
     W_hat = (w_hat * hidden).sum(-1, keepdim=True)
@@ -331,10 +331,12 @@ def jump_terms(nll, w, w_hat, hidden):
 
 
 def reinforce(cost, log_q, m):
-    """The second half of equation (3), which LoMDM.loss() explains: for m texts in two orders, (m,
-    ..). The first m rows of cost and log_q (R, ..) are one draw of these texts, and the last m
-    rows another. The gradient is (cost_1 - cost_2) grad (log q_1 - log q_2) / 2, with costs as
-    plain numbers. The value means nothing."""
+    """The second half of equation (3), which LoMDM.loss() explains, for m texts in two orders:
+
+        (cost_1 - cost_2) (log q_1 - log q_2) / 2        with costs as plain numbers
+
+    Its gradient counts, and its value means nothing. The first m rows of cost and log_q (R, ..)
+    are one draw of these texts, and the last m rows are another. Returns (m, ..)."""
     difference = (cost[:m] - cost[-m:]).detach()
     return difference * (log_q[:m] - log_q[-m:]) / 2
 
@@ -730,7 +732,10 @@ def how_many_twice(B):
     less than two texts do, and the order needs pairs. An MDM with 16 texts a step has 16 rows, and
     so has a LoMDM with 8 texts in two orders, or with 12 of which 4 are. Where all orders stay
     equally likely (c2 = 0), the first is 0.016 nats per token behind the MDM after as many steps,
-    and the second 0.010."""
+    and the second 0.010.
+
+    The loss is a mean over rows, so these texts count double. Texts come in random order, so that
+    favours none."""
     return math.ceil(B / 3)
 
 
@@ -740,9 +745,9 @@ def weights_to_train(model, x, m):
     The added code is so that the others need no backward pass for w. With it a step takes 1.11
     times as long as an MDM's, and if all texts gave a gradient 1.17 times.
 
-    This is the one exception to the heading. Of R = B + m rows 2 m carry a gradient of w, and both
-    parts of (3) are divided by R. So the gradient of w has the direction of (3), and is 2 m / R
-    times as long. Adam ignores that."""
+    This is the one exception to the heading of this section. Of R = B + m rows 2 m carry a gradient
+    of w, and both parts of (3) are divided by R. So the gradient of w has the direction of (3), and
+    is 2 m / R times as long. Adam ignores that."""
     if m in (0, len(x)):
         return model.order_weights(x)
     return torch.cat((model.order_weights(x[:m]), model.order_weights(x[m:]).detach()))

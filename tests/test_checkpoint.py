@@ -71,6 +71,7 @@ def test_loading_runs_no_code():
 FAILURES = [
     (OSError(28, "No space left on device"), UserError, "cannot write out.a: No space left"),
     (RuntimeError("PytorchStreamWriter failed"), UserError, "is the disk full"),
+    (RuntimeError("CUDA error: out of memory"), RuntimeError, "CUDA error"),  # not the disk
     (KeyboardInterrupt(), KeyboardInterrupt, None),
 ]
 
@@ -165,6 +166,8 @@ def test_the_log():
     checkpoint.begin("out", None, about)
     assert checkpoint.read_log("out") == [header]
     assert checkpoint.read_log("out.1") == [header, *rows[:2]]
+    with pytest.raises(UserError, match="cannot write gone/log.jsonl: No such file .*--resume"):
+        checkpoint.log("gone", step=1)
 
 
 # ---- going on ------------------------------------------------------------------------------

@@ -157,6 +157,8 @@ $ train --resume --out_dir good --n_layer 2             # a flag that the run ha
 error: --n_layer is 1 in good; leave it out, or start without --resume
 $ train --resume --out_dir good --data other.txt        # another text
 error: --data other.txt is not the text that this run began with
+$ train --resume --out_dir ready                        # the best model of a run, and no last one
+error: no checkpoint at ready/last.pt; a ckpt.pt does not go on, but --init_from ready begins ..
 $ train --resume --out_dir cut                          # half a checkpoint
 error: cut/last.pt is damaged, cut off or not a checkpoint; train again
 $ train --resume --out_dir old                          # one of an earlier version
@@ -218,7 +220,7 @@ def world(tmp_path_factory):
         Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)
         Path("other.txt").write_text("something else " * 100)
         Path("bad.jsonl").write_text('{"text": "good"}\n{"words": "bad"}\n')
-        for name in ("no_text", "bert", "half", "cut", "old", "young", *OTHERS):
+        for name in ("no_text", "bert", "half", "cut", "old", "young", "ready", *OTHERS):
             Path(name).mkdir()
         for name, content in OTHERS.items():
             for path, text in content.items():
@@ -232,6 +234,7 @@ def world(tmp_path_factory):
         whole = Path("good/last.pt").read_bytes()
         Path("cut/last.pt").write_bytes(whole[: len(whole) // 2])
         Path("young/last.pt").write_bytes(whole)
+        Path("ready/ckpt.pt").write_bytes(whole)
         torch.save(checkpoint("good/last.pt") | {"format": "lomdm checkpoint 2"}, "old/last.pt")
     return where
 
