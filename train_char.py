@@ -9,10 +9,10 @@ Train a model on tinyshakespeare, OpenWebText or any text, and watch it learn an
     python train_char.py --preset gpt2 --data openwebtext
     torchrun --standalone --nproc_per_node=8 train_char.py --preset gpt2 --data openwebtext
 
-Settings left out follow the preset, and the preset follows the device. All that is random in a
-step follows from the seed, the step and the micro-batch. So --resume goes on from last.pt, which
-Ctrl-C and each validation write, as the unbroken run would: on a CPU bit for bit. N processes do
-what one does with the same --gradient_accumulation_steps, up to rounding.
+Settings left out follow the preset, and the preset follows the device. last.pt is written at each
+validation and on Ctrl-C. --resume goes on from it, and ends where the unbroken run would: on a CPU
+bit for bit, as all that is random in a step follows from the seed, the step and the micro-batch. N
+processes do what one does with the same --gradient_accumulation_steps, up to rounding.
 """
 
 import inspect
@@ -45,8 +45,8 @@ from plumbing.tokenizers import TOKENIZERS
 # same name or keep their default, and vocab_size comes from the tokenizer.
 MODELS = {
     "arm": (lomdm.LoMDM, lomdm.Config, {"block_len": 1}),  # blocks of one, left to right: a GPT
-    "mdm": (lomdm.LoMDM, lomdm.Config, {}),  # one block, and all orders are equally likely
-    "block": (lomdm.LoMDM, lomdm.Config, {}),  # with --block_len in between, 16 by settle()
+    "mdm": (lomdm.LoMDM, lomdm.Config, {}),  # one block as long as the window, in any order
+    "block": (lomdm.LoMDM, lomdm.Config, {}),  # --block_len is between the two, by default 16
     "lomdm": (lomdm.LoMDM, lomdm.Config, {"learn_order": True}),  # some orders are likelier
     "a3": (a3.A3, a3.Config, {}),  # groups on two streams
     "loa3": (loa3.LoA3, loa3.Config, {}),  # a learned order on two streams
@@ -81,11 +81,11 @@ def figures_of(model):
 
 def code_of(name, adapted=False):
     """The files whose digest goes into the log, to tell whether a figure was made by today's
-    code: those of the model's classes, this one, and with --init_from what loads a model. The
-    run that it began with has a digest of its own."""
+    code: those of the model's classes, this one, Muon's, and with --init_from what loads a model.
+    (The run in that folder has a digest in its own log.)"""
     cls, _, _ = MODELS[name]
     classes = cls.__mro__[:-2]  # without nn.Module and object, whose files are not ours
-    files = {inspect.getfile(c) for c in classes} | {__file__}
+    files = {inspect.getfile(c) for c in (*classes, Muon)} | {__file__}
     if adapted:
         files |= {init_from.__file__, llama.__file__}
     return files
@@ -93,7 +93,7 @@ def code_of(name, adapted=False):
 
 # ---- settings --------------------------------------------------------------------------------
 
-SMALL = {  # a model of nanoGPT's laptop size
+SMALL = {  # nanoGPT's laptop size; the presets below say only where they differ from this
     "data": "shakespeare",
     "n_layer": 4,
     "n_head": 4,
@@ -101,20 +101,21 @@ SMALL = {  # a model of nanoGPT's laptop size
     "seq_len": 64,
     "dropout": 0.0,
     "batch_size": 16,
-    "max_iters": 500,
+    "max_iters": 600,
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "beta2": 0.99,
     "warmup_iters": 100,
-    "eval_interval": 250,
+    "eval_interval": 300,
 }
-FILM = {  # films of a cellular automaton, last moment first; in bfloat16 models end worse
-    "dtype": "float32",
+FILM = {  # films of a cellular automaton, last moment first; a window is as long as a film
+    "dtype": "float32",  # in bfloat16 models end worse
     "data": "automaton",
     "n_layer": 3,
     "n_embd": 64,
     "batch_size": 64,
-    "max_iters": 600,
+    "max_iters": 1000,
+    "eval_interval": 250,
 }
 BASE = {  # nanoGPT's size for tinyshakespeare on one GPU
     "n_layer": 6,
@@ -126,7 +127,7 @@ BASE = {  # nanoGPT's size for tinyshakespeare on one GPU
     "max_iters": 5000,
     "eval_interval": 250,
 }
-GPT2 = {  # GPT-2 small: SMALL's 16 * 32 * 1,024 tokens a step, 10 billion in all
+GPT2 = {  # GPT-2 small: 16 windows x 32 micro-batches x 1,024 tokens a step, 10 billion in all
     "n_layer": 12,
     "n_head": 12,
     "n_embd": 768,
@@ -139,9 +140,13 @@ GPT2 = {  # GPT-2 small: SMALL's 16 * 32 * 1,024 tokens a step, 10 billion in al
     "eval_interval": 1000,
 }
 PRESETS = {"small": SMALL, "film": SMALL | FILM, "base": SMALL | BASE, "gpt2": SMALL | GPT2}
-BLOCKS = "block lomdm lomdm-by-time"
-ORDERS = "lomdm lomdm-by-time"
-COUNTS = "mdm block lomdm"
+COMMAND = "python train_char.py" if WORLD == 1 else "the same torchrun command and"
+DATA = f"{', '.join(data.SOURCES)}, a file or a folder [shakespeare]"
+
+# The models that some flags are for.
+HAVE_BLOCKS = "block lomdm lomdm-by-time"
+LEARN_ORDER = "lomdm lomdm-by-time"
+DRAW_A_STEP = "mdm block lomdm"  # an ARM's blocks have one step, and by-time draws a time
 
 
 @dataclass
@@ -154,10 +159,10 @@ class Settings:
     #     resume         whether --resume may change it
     model: str = flag("lomdm", "what to train", TO_TRAIN)
     preset: str | None = flag(None, "small on CPU and MPS, base on CUDA", tuple(PRESETS))
-    data: str | None = flag(None, "a name [shakespeare], a file or a folder", resume=True)
-    text_len: int | None = flag(None, "tokens of a text, if it is a list of such texts", least=1)
-    val_data: str | None = flag(None, "to validate on; default: the last tenth", resume=True)
-    tokenizer: str | None = flag(None, "char, gpt2 [openwebtext], a folder with tokenizer.json")
+    data: str | None = flag(None, DATA, resume=True)
+    text_len: int | None = flag(None, "if the data is many texts of one length: this", least=1)
+    val_data: str | None = flag(None, "[the last tenth, or the source's own]", resume=True)
+    tokenizer: str | None = flag(None, "char, gpt2 or a folder [openwebtext: gpt2; else char]")
     data_dir: str | None = flag(None, "where tokens are kept [data beside this]", resume=True)
     out_dir: str = flag("out", "for ckpt.pt (best), last.pt (to go on), log.jsonl", resume=True)
     resume: bool = flag(False, "go on with the run in out_dir", resume=True)
@@ -168,40 +173,38 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    local_heads: float | None = flag(None, "share that begin at a neighbour [.5; a3: .75]", least=0)
+    local_heads: float | None = flag(None, "this share of heads [.5; a3, loa3: .75]", least=0)
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
-    block_len: int | None = flag(None, "tokens [block: 16]", least=1, only=BLOCKS)
-    weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=ORDERS)
-    c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=ORDERS)
-    middle_steps: bool = flag(True, "train more on the middle of an order", only=COUNTS)
-    group_size: int = flag(1, "in stage 3, drawn for each text: 1 to this", least=1, only="a3")
+    block_len: int | None = flag(None, "[block: 16; else the window]", least=1, only=HAVE_BLOCKS)
+    weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=LEARN_ORDER)
+    c2: float = flag(0.65, "0: a uniform order", least=0, below=0.7, only=LEARN_ORDER)
+    middle_steps: bool = flag(True, "train more on the middle of an order", only=DRAW_A_STEP)
+    group_size: int = flag(1, "stage 3 draws sizes from 1 to this", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
     random_share: float = flag(0.0, "of texts in random order", least=0, below=1, only="loa3")
     # optimisation
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
-    gradient_accumulation_steps: int | None = flag(None, "micro-batches a step, of all", least=1)
+    gradient_accumulation_steps: int | None = flag(None, "of all processes together", least=1)
     max_iters: int | None = flag(None, "steps, and the end of the cosine", least=1, resume=True)
     optimizer: str | None = flag(None, "of matrices [muon; a LLaMA: adamw]", ("muon", "adamw"))
     learning_rate: float | None = flag(None, "the highest", least=1e-12, resume=True)
-    warmup_iters: int | None = flag(None, "linear [100, a tenth of the steps at most]", least=0)
+    warmup_iters: int | None = flag(None, "[100; gpt2: 700; a tenth of the steps at most]", least=0)
     weight_decay: float = flag(0.1, "of matrices", least=0)
     beta2: float | None = flag(None, "of AdamW", least=0, below=1)
     eval_interval: int | None = flag(None, "steps between validations", least=1, resume=True)
     eval_windows: int = flag(2000, "to validate on, evenly spread", least=1)
     log_interval: int = flag(10, "steps between lines in log.jsonl", least=1, resume=True)
-    dtype: str | None = flag(None, "", ("float32", "bfloat16"), resume=True)
-    compile: bool | None = flag(None, "torch.compile the loss", resume=True)
+    dtype: str | None = flag(None, "[by the device]", ("float32", "bfloat16"), resume=True)
+    compile: bool | None = flag(None, "torch.compile the loss [by the device]", resume=True)
     num_samples: int = flag(2, "samples printed at the end", least=0, resume=True)
 
 
-def settle(s, device):
-    """Fill in the settings that follow the preset or other flags, and refuse what cannot be.
-    Each need() is told what must hold, and the message if it does not."""
+def fill_in(s, device):
+    """Fill in the rest of what follows the preset, the device or other flags. What a loaded model
+    says (--init_from) has been set by then."""
     known = dict(PRESETS[s.preset])
-    if s.text_len:
-        known["seq_len"] = s.text_len
     steps = s.max_iters or known["max_iters"]
     known["warmup_iters"] = min(known["warmup_iters"], steps // 10)
     known["compile"] = cli.is_modern(device)  # a GPU with bfloat16 and triton
@@ -213,14 +216,20 @@ def settle(s, device):
         if getattr(s, name) is None:
             setattr(s, name, value)
 
-    cli.check(s)
+
+def refuse(s):
+    """UserError for settings that cannot be. Each need() is told what must hold, and what to
+    say if it does not."""
+    cli.check(s)  # each on its own
+
     with cli.one_line(ValueError):  # curriculum() refuses wrong shares
         a3.curriculum(0, s.max_iters, s.shares, s.group_size)
     between = s.model != "block" or 1 < s.block_len < s.seq_len
     blocks = f"blocks of {s.block_len} in a window of {s.seq_len}: --block_len is"
     need(between, f"{blocks} above 1 (--model arm) and below the window (--model mdm)")
     need(s.weights == "normsig" or s.c2 == 0.65, "--c2 is for --weights normsig")
-    long = f"a warmup of {s.warmup_iters} steps in {s.max_iters}: see --warmup_iters, --max_iters"
+    see = "--max_iters" if s.resume else "--warmup_iters, --max_iters"
+    long = f"a warmup of {s.warmup_iters} steps in {s.max_iters}: see {see}"
     need(s.warmup_iters <= s.max_iters, long)
     whole = f"a window of {s.seq_len} tokens must hold whole texts of {s.text_len}; see --seq_len"
     need(s.seq_len % (s.text_len or 1) == 0, whole)
@@ -261,20 +270,22 @@ def next_document(text, start, L, mark):
     return start + int(found[0]) if len(found) else start
 
 
-def get_batch(s, text, step, m, device, mark=None):
-    """Seed all that is random in micro-batch m of a step, also the orders and the dropout that
-    the loss draws. Then draw its windows (batch_size, seq_len).
-
-    mark: the token with which documents begin, None if they have none. A sample begins with it,
-    but few windows do. So a quarter of the windows is moved on to begin with the next mark. If
-    the lengths of documents say nothing about their neighbours, what follows the mark stays as
-    likely as it was. Another first token keeps at least 3/4 of its probability. So a window
-    that begins with one, as most do in validation, costs at most -log(3/4) = 0.29 nats more in
-    all."""
+def seed_all(s, step, m):
+    """Seed all that is random in micro-batch m of a step: its windows, and the orders and the
+    dropout that the loss draws."""
     entropy = (s.seed, step, m + 1)  # a 0 at the end would not count: (a, b, 0) seeds as (a, b)
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
 
+
+def get_batch(s, text, device, mark=None):
+    """Draw the windows (batch_size, seq_len) of a micro-batch.
+
+    mark: the token with which documents begin, None if they have none. A sample begins with it,
+    but few random windows do. So a quarter of the windows is moved on to the next mark. Then the
+    model expects a mark too often at the first place. That costs a window which begins with
+    something else at most -log(3/4) = 0.29 nats in all. (A document behind a long one is drawn
+    more often. That does no harm if the length of a document says nothing about the next.)"""
     each = s.text_len or 1  # windows begin where texts begin
     starts = torch.randint((len(text) - s.seq_len) // each + 1, (s.batch_size,)) * each
     if mark is not None and not s.text_len:
@@ -298,6 +309,7 @@ def estimate_loss(model, val, s, device):
     of val. They are in float32, and with the same orders every time, so that one checkpoint
     has one number. The error is that of windows and orders, not of seeds. One window has
     none."""
+    was_training = model.training
     model.eval()
     starts = spread(len(val), s.seq_len, s.eval_windows)
     n = len(starts)
@@ -314,7 +326,7 @@ def estimate_loss(model, val, s, device):
         error = (per_token.std() / math.sqrt(n)).item() if n > 1 else None
         found.append((figure, per_token.mean().item(), error))
 
-    model.train()
+    model.train(was_training)
     return found
 
 
@@ -368,19 +380,20 @@ def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
     M = s.gradient_accumulation_steps
     each = []
     for m in range(RANK, M, WORLD):
-        x = get_batch(s, text, step, m, device, mark)
+        seed_all(s, step, m)
+        x = get_batch(s, text, device, mark)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
             loss, metrics = loss_of(x, **loss_arguments(s, step, x))
         (loss * WORLD / M).backward()
         each.append(metrics)
     processes.average_gradients(model)
 
-    # Groups with starts_after do not move before that share of the steps, and are never clipped:
-    # see LoA3.parameter_groups().
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    plain = [group for group in groups if "starts_after" not in group]
+    # LoA3's order has a group of parameters with starts_after: it does not move before that share
+    # of the steps, and is never clipped. No other model has one.
+    all_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    plain = [group for group in all_groups if "starts_after" not in group]
     norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)
-    for group in groups:
+    for group in all_groups:
         started = step >= int(group.get("starts_after", 0) * s.max_iters)
         group["lr"] = get_lr(step, s) if started else 0.0
     for optimizer in optimizers:
@@ -391,21 +404,21 @@ def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
     return {"grad_norm": norm} | mean
 
 
-def report(s, step, pending, stop, took, in_all, saved_at, bar):
-    """Log the mean of the metrics since the last report, `pending`, a list of dicts. took and
-    in_all: the seconds of training, in these steps and in all. Validating and saving do not
-    count. Returns whether any process was asked to stop."""
+def exchange(pending, stop):
+    """The metrics of some steps, `pending`, a list of dicts: their mean over all processes, (steps,
+    metrics), on the CPU. And whether any process was asked to stop. A GPU works behind the CPU's
+    back, and this waits for it."""
     numbers = torch.stack([torch.stack(list(metrics.values())) for metrics in pending])
-    numbers, stopping = processes.mean_and_any(numbers, stop)  # (steps, metrics)
-    cli.refuse_nan(numbers.sum(1).tolist(), step - len(pending) + 1, saved_at)
-    mean = dict(zip(pending[0], numbers.mean(0).tolist(), strict=True))
+    return processes.mean_and_any(numbers, stop)
 
-    tokens = len(pending) * s.batch_size * s.gradient_accumulation_steps * s.seq_len
-    speed = tokens / took
+
+def report(s, step, mean, steps, took, seconds, bar):
+    """Log and show the mean metrics of the last `steps` steps, which took `took` seconds. seconds:
+    all training so far, without validating and saving."""
+    speed = steps * s.batch_size * s.gradient_accumulation_steps * s.seq_len / took
     bar.set_postfix_str(f"loss {mean['nelbo']:.4f}, {speed:,.0f} tok/s")
-    mean |= {"lr": get_lr(step - 1, s), "tokens_per_second": speed, "seconds": in_all}
+    mean = mean | {"lr": get_lr(step - 1, s), "tokens_per_second": speed, "seconds": seconds}
     checkpoint.log(Path(s.out_dir), step=step, **mean)
-    return stopping
 
 
 def as_text(figure, nats, error, unit):
@@ -417,8 +430,8 @@ def as_text(figure, nats, error, unit):
 
 
 def validate(s, step, model, corpus, device, saved_at):
-    """Print and log the figures of a model, and return the first one. Of several processes one
-    validates, and the others wait. It is also the only one that saves and logs."""
+    """Print and log the figures of a model, and return the first one. Of several processes only the
+    first validates, saves and logs. The others get inf, go on, and wait in the next step."""
     if RANK:
         return math.inf
     found = estimate_loss(model, corpus.val, s, device)
@@ -429,11 +442,20 @@ def validate(s, step, model, corpus, device, saved_at):
     return found[0][1]
 
 
-def train(s, device, corpus, model, ckpt, about):
-    """Up to max_iters, from ckpt if there is one. Ctrl-C and SIGTERM stop it between
-    two steps, all saved. about: what else checkpoints hold. Returns steps and seconds in
-    all."""
+def save(s, state, model, optimizers, is_best):
+    """ckpt.pt, if this is the best model so far, and last.pt, which has the optimizers, too. state:
+    what both hold besides the weights."""
     out = Path(s.out_dir)
+    state = state | {"model": model.state_dict()}
+    if is_best:
+        checkpoint.save(out / "ckpt.pt", state)
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    checkpoint.save(out / "last.pt", state)
+
+
+def train(s, device, corpus, model, ckpt, about):
+    """Up to max_iters, from ckpt if there is one. Ctrl-C and SIGTERM stop it between two steps,
+    all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
     optimizers = make_optimizers(model, s)
     step, best, seconds = 0, math.inf, 0.0
     if ckpt:
@@ -441,19 +463,21 @@ def train(s, device, corpus, model, ckpt, about):
         for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if step >= s.max_iters:
-            print(f"already at step {step}; a larger --max_iters goes on")
+            done = f"already at step {step}; a larger --max_iters goes on"
+            need(Path(s.out_dir, "ckpt.pt").is_file(), f"{done}, as nothing was validated yet")
+            print(done)
     saved_at = step
 
     loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss
     unit = {"unit": "step", "dynamic_ncols": True, "disable": True if RANK else None}
     bar = tqdm(total=s.max_iters, initial=step, **unit)
     model.train()
-    mark = corpus.tokenizer.end if corpus.separate else None  # each document stands behind it
-    pending, began = [], time.perf_counter()
+    text = corpus.train
+    mark = corpus.tokenizer.end if corpus.separate else None  # with which documents begin
+    pending, since = [], time.perf_counter()
     with processes.stop_signals() as stop, bar:
         while step < s.max_iters:
             # Learn.
-            text = corpus.train
             metrics = train_step(s, step, model, loss_of, optimizers, text, device, mark)
             pending.append(metrics)
             step += 1
@@ -465,42 +489,45 @@ def train(s, device, corpus, model, ckpt, about):
             if not (due or step % s.log_interval == 0 or (stop and WORLD == 1)):
                 continue
 
-            # Report, and from time to time validate.
-            took = time.perf_counter() - began
+            # Report.
+            numbers, stopping = exchange(pending, stop)
+            cli.refuse_nan(numbers.sum(1).tolist(), step - len(pending) + 1, saved_at)
+            mean = dict(zip(pending[0], numbers.mean(0).tolist(), strict=True))
+            took = time.perf_counter() - since
             seconds += took
-            stopping = report(s, step, pending, stop, took, seconds, saved_at, bar)
-            val = validate(s, step, model, corpus, device, saved_at) if due else math.inf
+            report(s, step, mean, len(pending), took, seconds, bar)
 
-            # Save the best model, and all that is needed to go on.
+            # From time to time validate and save.
+            val = validate(s, step, model, corpus, device, saved_at) if due else math.inf
             if due or stopping:
                 is_best = val < best
                 best = min(val, best)
-                now = about | {"step": step, "best": best, "seconds": seconds}
-                now["model"] = model.state_dict()
-                if is_best:
-                    checkpoint.save(out / "ckpt.pt", now)
-                now["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-                checkpoint.save(out / "last.pt", now)
+                state = about | {"step": step, "best": best, "seconds": seconds}
+                save(s, state, model, optimizers, is_best)
                 saved_at = step
             if stopping:
-                resume = f"python train_char.py --resume --out_dir {shlex.quote(s.out_dir)}"
-                # stop is a list, and holds the signal that came.
-                raise cli.Stopped(f"stopped at step {step}, all saved; go on with: {resume}", *stop)
-            pending, began = [], time.perf_counter()
+                # All wait until the first has saved, as torchrun ends all once one has ended. stop
+                # is a list, and holds the signal that came.
+                processes.leave()
+                resume = f"--resume --out_dir {shlex.quote(s.out_dir)}"
+                line = f"stopped at step {step}, all saved; go on with: {COMMAND} {resume}"
+                raise cli.Stopped("" if RANK else line, *stop)
+            pending, since = [], time.perf_counter()
     return step, seconds
 
 
 # ---- start -----------------------------------------------------------------------------------
 
 
-def where_is(s, ckpt, given=()):
+def find_paths(s, ckpt, given=()):
     """Paths in s may be relative to ckpt["cwd"], the folder where the run began. Where one is
     found from there and not from here, put the full path in its place."""
     for name in ("data", "val_data", "tokenizer", "data_dir"):
         path = getattr(s, name)
-        is_path = path and name not in given and path not in {*data.SOURCES, *TOKENIZERS}
-        there = Path(ckpt.get("cwd", ""), path or "")
-        if is_path and there.exists() and not Path(path).exists():
+        if not path or name in given or path in {*data.SOURCES, *TOKENIZERS} or Path(path).exists():
+            continue
+        there = Path(ckpt.get("cwd", ""), path)
+        if there.exists():
             setattr(s, name, str(there))
 
 
@@ -519,10 +546,12 @@ def go_on(given):
     """The run that --resume names: its settings, with what may be changed and is given, its
     checkpoint, its model, and the lock of its folder."""
     out = Path(given.get("out_dir", Settings.out_dir))
-    lock = checkpoint.only_run(out)  # before last.pt is read: an ending run may be writing it
+    # Before last.pt is read, as an ending run may be writing it. If there is no such folder, load()
+    # says so.
+    lock = checkpoint.only_run(out) if out.is_dir() else None
     ckpt, model = checkpoint.load(out / "last.pt", make_model)
 
-    # On another kind of device, what follows it is settled anew.
+    # On another kind of device, what follows it is filled in anew.
     saved = ckpt["settings"]
     before = saved["device"]
     now = given.get("device", before)
@@ -530,38 +559,41 @@ def go_on(given):
         saved = saved | {"dtype": None, "compile": None}
 
     s = Settings(**checkpoint.resumable(saved, given, Settings))
-    where_is(s, ckpt, given)
+    find_paths(s, ckpt, given)
     return s, ckpt, model, lock
 
 
 def follow_device(s):
-    """Fill in the device, and what follows it: the preset, and the preset's text."""
+    """Fill in what has to be known before a model is loaded: the device, and what follows it, the
+    preset, its text, and the window."""
     device = cli.pick_device(s.device)
     s.device = str(device)
     s.preset = s.preset or ("base" if device.type == "cuda" else "small")
     s.data = s.data or PRESETS[s.preset]["data"]
     if s.text_len is None:
         s.text_len = data.TEXT_LEN.get(s.data)
+    if s.seq_len is None:
+        s.seq_len = s.text_len or PRESETS[s.preset]["seq_len"]
     return device
 
 
-def begin(given):
+def set_up(given):
     """The settings, the device, and what is there already: a checkpoint and its model if the run
     goes on, or a pretrained model. Also the tokenizer, as data.load() takes it, and the lock of
     the run's folder, held as long as this process lives."""
-    ckpt = model = lock = None
-    s = Settings(**given)
-    tokenizer = s.tokenizer
-    if s.resume:
+    if given.get("resume"):
         s, ckpt, model, lock = go_on(given)
         tokenizer = init_from.tokenizer_of_run(s, ckpt)
+    else:
+        s, ckpt, model, lock = Settings(**given), None, None, None
+        tokenizer = s.tokenizer
 
     device = follow_device(s)
     if s.init_from and not ckpt:
-        window = s.seq_len or s.text_len or PRESETS[s.preset]["seq_len"]
-        model, tokenizer = init_from.load(s, given, window, make_model)
+        model, tokenizer = init_from.load(s, given, make_model)
 
-    settle(s, device)
+    fill_in(s, device)
+    refuse(s)
     lock = lock or checkpoint.only_run(Path(s.out_dir))
     return s, device, ckpt, model, tokenizer, lock
 
@@ -569,9 +601,11 @@ def begin(given):
 def main(argv=None):
     try:
         run(argv)
-    except (cli.UserError, cli.Stopped, KeyboardInterrupt) as e:
-        # A notebook keeps tracebacks, and one would keep the lock of the run's folder.
-        traceback.clear_frames(e.__traceback__)
+    except BaseException as e:
+        # A notebook keeps tracebacks, and with them the lock of the run's folder and the model.
+        # Only a defect keeps its frames, for a debugger.
+        if not isinstance(e, Exception) or cli.explain(e) is not None:
+            traceback.clear_frames(e.__traceback__)
         raise
 
 
@@ -579,12 +613,14 @@ def run(argv):
     given = cli.parse(Settings, argv, __doc__, PRESETS)
     given = given | processes.join(given.get("device"))
 
-    s, device, ckpt, model, tokenizer, _lock = begin(given)
+    # As long as _lock lives, no other run writes to the folder.
+    s, device, ckpt, model, tokenizer, _lock = set_up(given)
 
     # The text.
     with processes.first_only():
-        where = s.data, tokenizer, s.val_data, s.data_dir, s.text_len
-        corpus = data.load(*where, s.out_dir, s.seq_len)
+        corpus = data.load(
+            s.data, tokenizer, s.val_data, s.data_dir, s.text_len, but=s.out_dir, least=s.seq_len
+        )
     s.data = corpus.name
     tokenizer = corpus.tokenizer
     same = not ckpt or ckpt["data_sha256"] == corpus.sha256
@@ -606,7 +642,7 @@ def run(argv):
     }
     checkpoint.begin(Path(s.out_dir), ckpt, about)
     n = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    print(f"{s.model} on {s.data}: {n}, {corpus}, {WORLD} x {device}, {s.dtype}")
+    print(f"{s.model} on {s.data}: {n}, {corpus}, {WORLD} x {device.type}, {s.dtype}")
 
     # Train, then show what the best checkpoint writes.
     step, seconds = train(s, device, corpus, model.to(device), ckpt, about)
@@ -614,18 +650,24 @@ def run(argv):
     if RANK:
         return
     path = Path(s.out_dir) / "ckpt.pt"
-    best, model = checkpoint.load(path, make_model, device)
-    val = f"{best['best']:.4f} {tokenizer.unit} at step {best['step']}"
+    best_ckpt, best_model = checkpoint.load(path, make_model, device)
+    val = f"{best_ckpt['best']:.4f} {tokenizer.unit} at step {best_ckpt['step']}"
     print(f"{step} steps in {seconds:.0f} s; best val {val}, in {path}")
     if s.num_samples:
-        z = torch.full((s.num_samples, s.seq_len), model.mask_id, device=device)
-        if corpus.separate:  # a document begins behind the end of another
-            z[:, 0] = tokenizer.end
-        generator = torch.Generator(device).manual_seed(s.seed)
-        x, revealed_at = model.eval().sample(z, generator=generator)
-        shown = slice(int(corpus.separate), None)
-        samples = pictures.pieces(tokenizer, x[:, shown], revealed_at[:, shown])
-        pictures.show(samples, order=True)
+        show_samples(s, device, corpus, best_model.eval())
+
+
+def show_samples(s, device, corpus, model):
+    """Print texts that the model writes, and when it wrote each token."""
+    z = torch.full((s.num_samples, s.seq_len), model.mask_id, device=device)
+    if corpus.separate:  # a document begins behind the end of another
+        z[:, 0] = corpus.tokenizer.end
+    generator = torch.Generator(device).manual_seed(s.seed)
+    x, revealed_at = model.sample(z, generator=generator)
+
+    shown = slice(int(corpus.separate), None)
+    samples = pictures.pieces(corpus.tokenizer, x[:, shown], revealed_at[:, shown])
+    pictures.show(samples, order=True)
 
 
 if __name__ == "__main__":

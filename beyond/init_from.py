@@ -16,11 +16,10 @@ from plumbing.cli import UserError, need
 from plumbing.tokenizers import HuggingFace, tokenizer_of
 
 
-def load(s, given, window, make_model):
+def load(s, given, make_model):
     """The model in the folder --init_from, and what data.load() takes as its tokenizer. The
     settings s are made to say what the model is. given: the flags that were given, which may
-    not differ from that. window: how many tokens a LLaMA gets, as it could have very many.
-    make_model: as checkpoint.load() takes it."""
+    not differ from that. make_model: as checkpoint.load() takes it."""
     folder = Path(s.init_from)
     check_source(folder)
     cli.check(s)  # is each flag for this model?
@@ -30,7 +29,7 @@ def load(s, given, window, make_model):
     with cli.one_line(ValueError, ImportError):
         is_run = (folder / "ckpt.pt").is_file()
         if (folder / "config.json").is_file() and not is_run:
-            model, tokenizer = from_llama(s, folder, window)
+            model, tokenizer = from_llama(s, folder)
         else:
             model, tokenizer = from_run(s, folder, make_model)
 
@@ -57,11 +56,11 @@ def check_source(folder):
     need(has_words, f"--init_from {folder}: no tokenizer.json; {how}")
 
 
-def from_llama(s, folder, window):
-    """A LLaMA as an A3."""
+def from_llama(s, folder):
+    """A LLaMA as an A3 of s.seq_len tokens, as it could have very many."""
     need(s.model == "a3", f"--init_from {folder}: a LLaMA becomes --model a3")
     how = {"dropout": s.dropout or 0.0, "left_neighbour": s.left_neighbour}
-    model = llama.from_pretrained(folder, window, **how)
+    model = llama.from_pretrained(folder, s.seq_len, **how)
     return model, HuggingFace.at(folder)
 
 

@@ -38,7 +38,6 @@ LABELS = {
     "arm": "ARM",
     "mdm": "MDM",
     "mdm_by_time": "MDM, random times",
-    "block4": "block diffusion, 4",
     "block16": "block diffusion, 16",
     "lomdm": "LoMDM",
     "lomdm_exp": "LoMDM, steep weights",

@@ -33,7 +33,7 @@ class Run:
         if val_data:
             val = self.read(val_data, L)
         else:
-            train_char.where_is(s, self.ckpt)
+            train_char.find_paths(s, self.ckpt)
             kind = init_from.tokenizer_of_run(s, self.ckpt)
             folder = data_dir or s.data_dir
             corpus = data.load(s.data, kind, s.val_data, folder, s.text_len)

@@ -51,7 +51,8 @@ def refuse_nan(numbers, step, saved_at):
     how = f"go on from step {saved_at} with --resume and" if saved_at else "begin again with"
     for at, number in enumerate(numbers, step):
         finite = math.isfinite(number)
-        need(finite, f"the loss is not finite at step {at}; {how} a lower --learning_rate")
+        what = f"the loss or its gradient is not finite at step {at}"
+        need(finite, f"{what}; {how} a lower --learning_rate")
 
 
 # ---- the way out ---------------------------------------------------------------------------

@@ -135,6 +135,6 @@ def say_stopping():
     progress."""
     line = "stopping after this step; saving ... (again: without saving)"
     if WORLD > 1:  # they stop together, when they next exchange their metrics
-        line = "stopping after a few steps; saving ..."
+        line = "stopping when the processes next report; saving ..."
     if RANK == 0:
         os.write(2, f"\n{line}\n".encode())

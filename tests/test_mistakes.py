@@ -10,6 +10,7 @@ Whatever the mistake was, all files that were there are there, byte for byte.
 import contextlib
 import gc
 import io
+import os
 import random
 import re
 import shlex
@@ -75,8 +76,8 @@ $ train --data= --val_data good                         # a shell variable that 
 error: --data is empty
 $ train --warmup_iters 900 --max_iters 800              # a warmup without an end
 error: a warmup of 900 steps in 800: see --warmup_iters, --max_iters
-$ train --warmup_iters 501                              # the same, by nobody's --max_iters
-error: a warmup of 501 steps in 500: see --warmup_iters, --max_iters
+$ train --warmup_iters 601                              # the same, by nobody's --max_iters
+error: a warmup of 601 steps in 600: see --warmup_iters, --max_iters
 $ sample --top_p 1.5                                    # a probability above 1
 error: --top_p must be at most 1
 
@@ -159,6 +160,8 @@ $ train --resume --out_dir good --data other.txt        # another text
 error: --data other.txt is not the text that this run began with
 $ train --resume --out_dir ready                        # the best model of a run, and no last one
 error: no checkpoint at ready/last.pt; a ckpt.pt does not go on, but --init_from ready begins ..
+$ train --resume --out_dir young --max_iters 1          # no step is left, and none was validated
+error: already at step 1; a larger --max_iters goes on, as nothing was validated yet
 $ train --resume --out_dir cut                          # half a checkpoint
 error: cut/last.pt is damaged, cut off or not a checkpoint; train again
 $ train --resume --out_dir old                          # one of an earlier version
@@ -234,6 +237,7 @@ def world(tmp_path_factory):
         whole = Path("good/last.pt").read_bytes()
         Path("cut/last.pt").write_bytes(whole[: len(whole) // 2])
         Path("young/last.pt").write_bytes(whole)
+        Path("young/log.jsonl").write_bytes(Path("good/log.jsonl").read_bytes())
         Path("ready/ckpt.pt").write_bytes(whole)
         torch.save(checkpoint("good/last.pt") | {"format": "lomdm checkpoint 2"}, "old/last.pt")
     return where
@@ -442,6 +446,25 @@ def test_ctrl_c_twice(work, capfd, monkeypatch):
     same_runs("whole", "out")
 
 
+def test_a_wrong_name_makes_no_folder(work, capfd):
+    code, err = outcome("train --resume --out_dir tpyo", capfd)
+    assert code == 1 and err.startswith("error: no checkpoint at tpyo/last.pt")
+    assert not Path("tpyo").exists()
+
+
+def test_a_notebook_can_try_again(work, monkeypatch):
+    """It keeps the traceback of what failed. The folder of the run is free all the same."""
+
+    def full(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as kept:
+        patch.setattr(train_char, "train", full)
+        train("--max_iters 1")
+    train("--max_iters 1")
+    assert kept.value.__traceback__ and Path("out/ckpt.pt").is_file()
+
+
 PLACES = {"train": "train_char.data.load", "sample": "sample.write"}
 
 
@@ -449,7 +472,7 @@ PLACES = {"train": "train_char.data.load", "sample": "sample.write"}
 def test_ctrl_c_while_nothing_is_to_be_saved(world, monkeypatch, capfd, script, place):
     """While text is prepared or samples are drawn, it costs one line."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(place, lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGINT))
     before = files()
     assert outcome(script, capfd) == (130, "interrupted\n")
     assert files() == before
@@ -471,6 +494,29 @@ FROM_OUTSIDE = [
     for model in SIX
     for number in (signal.SIGTERM, signal.SIGKILL)
 ]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(work):
+    """A signal to one of them stops both, at one step. Both wait until the first has validated and
+    saved, and one of them says so."""
+    flags = f"{BASE} --max_iters 3000 --warmup_iters 10 --gradient_accumulation_steps 2 "
+    flags += "--eval_windows 200 --eval_interval 20 --log_interval 5"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    argv = [*torchrun, "--nproc_per_node=2", str(ROOT / "train_char.py"), *flags.split()]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(argv, **pipes) as run:
+        wait_for(lambda: max(figures("out", "nelbo")) >= 6, run)
+        children = f"/proc/{run.pid}/task/{run.pid}/children"
+        *_, second = map(int, Path(children).read_text().split())
+        os.kill(second, signal.SIGINT)
+        err = run.communicate(timeout=120)[1]
+
+    said = re.findall("^stopped at step .*$", err, re.M)
+    step = checkpoint("out/last.pt")["step"]
+    how = "all saved; go on with: the same torchrun command and --resume --out_dir out"
+    assert said == [f"stopped at step {step}, {how}"]
+    assert max(figures("out", "nelbo")) == step
 
 
 @pytest.mark.parametrize("model,number", FROM_OUTSIDE)

@@ -73,7 +73,7 @@ def test_torchrun_sends_signals_twice(capfd, monkeypatch):
     """Several processes never end without saving, and one of them speaks."""
     monkeypatch.setattr(processes, "WORLD", 2)
     monkeypatch.setattr(processes, "PATIENCE", -1)
-    for rank, said in (0, "\nstopping after a few steps; saving ...\n"), (1, ""):
+    for rank, said in (0, "\nstopping when the processes next report; saving ...\n"), (1, ""):
         monkeypatch.setattr(processes, "RANK", rank)
         with processes.stop_signals() as stop:
             signal.raise_signal(signal.SIGINT)

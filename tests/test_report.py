@@ -211,6 +211,17 @@ def test_older_code_and_other_machines_are_marked(logs):
     assert report.log("speed").endswith("a machine †.*")
 
 
+def test_older_code_that_trains_the_same_is_todays(logs, monkeypatch):
+    """Also over several changes, and where one was taken back."""
+    *_, item = (item for item in table.items() if item.name == "arm_s3")
+    today = table.todays_code(item)
+    monkeypatch.setattr(table, "SAME", logs / "same.txt")
+    table.SAME.write_text(f"first second\nsecond first\nsecond {today}\nthird fourth\n")
+    for code, mark in (("first", ""), ("second", ""), ("third", "†"), ("fourth", "†")):
+        write_log("arm", {"exact": [3]}, 3, code=code)
+        assert ("†" in report.losses("arm")) == bool(mark), code
+
+
 def test_what_measurements_say(logs):
     """Each match is a row, runs have their labels, and numbers may have errors."""
     *_, item = table.items()

@@ -231,7 +231,8 @@ def test_what_is_random_follows_from_seed_step_and_micro_batch():
 
     def draw(seed, step, m):
         s.seed = seed
-        x = train_char.get_batch(s, text, step, m, CPU)
+        train_char.seed_all(s, step, m)
+        x = train_char.get_batch(s, text, CPU)
         assert x.shape == (4, 16) and torch.equal(x, x[:, :1] + torch.arange(16))
         return *x[:, 0].tolist(), *torch.rand(3).tolist()
 
@@ -245,7 +246,7 @@ def test_the_optimizers_know_what_parameters_are(monkeypatch):
     """The blocks' matrices are Muon's. Matrices decay, vectors do not. An order has a large eps, no
     decay and no clipping."""
     s = train_char.Settings("loa3", "small", seq_len=16, n_layer=1, n_head=2, n_embd=16)
-    train_char.settle(s, CPU)
+    train_char.fill_in(s, CPU)
     model = train_char.new_model(s, 9)
     optimizers = muon, adamw = train_char.make_optimizers(model, s)
     [inner], (matrices, vectors, order) = muon.param_groups, adamw.param_groups
@@ -308,7 +309,7 @@ def test_an_adaptation_goes_through_its_stages():
 def test_presets(work, monkeypatch):
     """gpt2 is GPT-2 small, of half a million tokens a step; film has windows of one film."""
     s = train_char.Settings(preset="gpt2", model="arm")
-    train_char.settle(s, CPU)
+    train_char.fill_in(s, CPU)
     assert s.batch_size * s.gradient_accumulation_steps * s.seq_len == 2**19
     assert (s.dtype, s.compile) == ("float32", False)
     with torch.device("meta"):
@@ -327,7 +328,7 @@ def test_presets(work, monkeypatch):
     found = {}
     for preset in ("film", "base"):
         s = train_char.Settings(preset=preset, model="loa3")
-        train_char.settle(s, CPU)
+        train_char.fill_in(s, CPU)
         found[preset] = s.dtype
     assert found == {"film": "float32", "base": "bfloat16"}
 
@@ -552,4 +553,5 @@ def test_accumulation_needs_equal_shares(monkeypatch, given, steps):
     monkeypatch.setattr(train_char, "WORLD", 2)
     s = train_char.Settings(preset="small", gradient_accumulation_steps=given)
     with pytest.raises(UserError, match=f"^2 processes share .* here {steps}: .* multiple of 2"):
-        train_char.settle(s, CPU)
+        train_char.fill_in(s, CPU)
+        train_char.refuse(s)

@@ -1,0 +1,117 @@
+"""
+Does today's code train as an older commit's does: the same losses, bit for bit?
+
+    python -m experiments.same COMMIT
+
+Each log holds a digest of the code that made it, and RESULTS.md puts a dagger on figures that are
+not by today's code. But most changes of code change no figure: a function becomes two, or a message
+says more. So this takes the code of COMMIT and today's, trains each kind of model of table.py with
+both, at a small size, and compares all that the two logs say, but for times. Where all is equal,
+experiments/same.txt gets the two digests. Then a log of the older code counts as one of today's.
+
+A whole training of 40 steps is compared, from warmup to the end of the cosine, with two
+validations. It is no proof for the 3,000 steps of a run, but all that makes such a run is in it.
+"""
+
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+from argparse import RawDescriptionHelpFormatter
+from io import BytesIO
+from pathlib import Path
+
+from experiments import table
+from plumbing import checkpoint, cli
+from plumbing.cli import need
+
+SMALL = {
+    "n_layer": "2", "n_embd": "48", "seq_len": "32", "batch_size": "6", "max_iters": "40",
+    "eval_interval": "20", "eval_windows": "50", "log_interval": "1", "compile": "False",
+}  # fmt: skip
+TIMES = "seconds", "tokens_per_second"
+
+
+def kinds():
+    """The flags of all runs in table.py, but smaller, once each. Those that start from another run
+    or from a LLaMA are left out, so their logs never count as today's."""
+    found = {}
+    for item in table.items():
+        here = item.is_run and not {"cuda", "--init_from"} & set(item.argv)
+        if here:
+            flags = as_dict(item.argv[1:]) | SMALL | {"seed": "1"}
+            if flags["data"].startswith("automaton"):
+                del flags["seq_len"]  # a film's length
+            del flags["out_dir"]
+            found[tuple(sorted(flags.items()))] = None
+    return [dict(flags) for flags in found]
+
+
+def as_dict(words):
+    """["--a", "1", "--b", "--c", "2"] -> {"a": "1", "b": "True", "c": "2"}"""
+    flags = {"data": "shakespeare"}
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            flags[word[2:]] = "True" if after.startswith("--") else after
+    return flags
+
+
+def unpack(commit, folder):
+    """The files of a commit."""
+    git = subprocess.run(["git", "archive", commit], capture_output=True)
+    need(not git.returncode, f"{commit}: {git.stderr.decode().strip()}")
+    with tarfile.open(fileobj=BytesIO(git.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+
+
+def train(code, flags, out):
+    """Train with the code in a folder. The digest in the log, and its rows without times."""
+    flags = {"data_dir": str(Path("data").resolve())} | flags | {"out_dir": str(out)}
+    argv = [sys.executable, "train_char.py", *(f"--{name}={flags[name]}" for name in flags)]
+    done = subprocess.run(argv, cwd=code, capture_output=True, text=True)
+    need(not done.returncode, f"{shlex.join(argv)}, in {code}: {done.stderr[-300:]}")
+
+    header, *rows = checkpoint.read_log(out)
+    for row in rows:
+        for name in TIMES:
+            row.pop(name, None)
+    return header["code"], rows
+
+
+def compare(old, now, out):
+    """{(digest of the older code, of today's): whether all runs with them were equal}. old, now:
+    folders of code. out: a folder for the runs."""
+    pairs = {}
+    for number, flags in enumerate(kinds()):
+        digest, rows = train(old, flags, out / f"old{number}")
+        digest_now, rows_now = train(now, flags, out / f"now{number}")
+
+        same = rows == rows_now
+        said = " ".join(f"--{name} {flags[name]}" for name in flags if name not in SMALL)
+        print(f"{'the same' if same else 'not the same':15}{said}", flush=True)
+        pair = digest, digest_now
+        pairs[pair] = pairs.get(pair, True) and same
+    return pairs
+
+
+def main(argv=None):
+    p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("commit", help="whose code is compared with today's")
+    a = p.parse_args(argv)
+
+    with tempfile.TemporaryDirectory() as folder:
+        old = Path(folder) / "code"
+        unpack(a.commit, old)
+        pairs = compare(old, Path.cwd(), Path(folder))
+
+    # Each model has a digest of its own. Where it has not changed, there is nothing to note.
+    found = {pair for pair, same in pairs.items() if same}
+    lines = {f"{older} {newer}" for older, newer in found if older != newer}
+    lines |= {" ".join(pair) for pair in table.same_code()}
+    checkpoint.write_text(table.SAME, "".join(f"{line}\n" for line in sorted(lines)))
+    print(f"{len(found)} of {len(pairs)} digests train as they did; they are in {table.SAME}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
