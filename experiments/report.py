@@ -65,7 +65,7 @@ FORMS = {
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
     name = re.sub(r"_s\d+$", "", name)
-    tables = ("early_", "laptop_", "time_", "film_long_", "both_", "long_", "base_", "gpt2_")
+    tables = ("early_", "laptop_", "time_", "film_long_", "both_", "base_", "gpt2_")
     prefixes = [*FORMS, *tables]
     prefix = re.match(f"({'|'.join(prefixes)})?", name)[0]
     name = name.removeprefix(prefix)

@@ -50,10 +50,6 @@ WIKITEXT = "--data data/wikitext2/valid.txt --val_data data/wikitext2/test.txt" 
 QUIET = "--log_interval 100 --num_samples 0"
 CPU = f"--device cpu --dtype bfloat16 --compile {QUIET}"
 SMALL = f"{CPU} --max_iters 3000 --eval_interval 500"
-LONG = (
-    f"{CPU} --n_layer 6 --n_head 6 --n_embd 192 --seq_len 128 --max_iters 3000 --eval_interval 1000"
-)
-
 PLAIN = "--local_heads 0 --optimizer adamw"
 
 # LoMDM reads one text in three in two orders, so it gets three quarters as many texts.
@@ -101,12 +97,10 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("uniform_", "mdm", TWO, f"{SMALL} --middle_steps False"),
     ("free_", "mdm", TWO, f"{SMALL} --local_heads 0"),
     ("time_", "lomdm", THREE, f"{CPU} {FEWER} --max_iters 2700 --eval_interval 250"),
-    ("both_", "arm loa3", THREE, f"{FILM} 64 {BOTH_WAYS}"),
+    ("both_", "arm loa3", ONE, f"{FILM} 64 {BOTH_WAYS}"),
     ("", "stages stage3 a3_groups mdm_by_time", TWO, SMALL),
     ("", "lomdm_by_time", TWO, f"{SMALL} {HALF}"),
     ("", "share01", ONE, SMALL),
-    ("long_", "arm", ONE, LONG),
-    ("long_", "loa3", ONE, f"--random_share 0.2 {LONG}"),
     ("", "smol0 smol", ONE, SMOL),
     ("tasks_", "adapted shared", ONE, TASKS),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
@@ -121,10 +115,10 @@ def of(names, seeds=ONE):
 
 
 MEASURE = {
-    "rows": f"evidence rows {of('both_loa3', THREE)}",
-    "rows_long": f"evidence rows {of('film_long_lomdm_exp film_long_lomdm', THREE)}",
-    "films": f"evidence films {of('both_loa3', THREE)}",
-    "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3', THREE)}",
+    "rows": f"evidence rows {of('both_loa3')}",
+    "rows_long": f"evidence rows {of('film_long_lomdm_exp film_long_lomdm')}",
+    "films": f"evidence films {of('both_loa3')}",
+    "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3')}",
     "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
     "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",
@@ -140,7 +134,7 @@ MEASURE = {
     "groups": f"evidence groups {of('a3 a3_groups', TWO)} --judge {of('arm', (2,))}",
     "infill": "evidence infill " + of("arm block16 mdm lomdm lomdm_exp loa3 share01 a3"),
     "decoders": f"evidence decoders {of('mdm lomdm lomdm_exp a3 loa3')} --windows 200",
-    "page": f"sample.py --device cpu --out_dir {of('long_loa3')} --prompt ROMEO: --length 500 "
+    "page": "sample.py --device cpu --out_dir ready/loa3 --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
     "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
     "tasks_ask": f"tasks ask data/SmolLM2-135M-Instruct {of('tasks_adapted tasks_shared')}",
