@@ -116,7 +116,7 @@ def of(names, seeds=ONE):
 
 MEASURE = {
     "rows": f"evidence rows {of('both_loa3')}",
-    "rows_long": f"evidence rows {of('film_long_lomdm_exp film_long_lomdm')}",
+    "rows_long": f"evidence rows {of('film_long_lomdm_exp')}",
     "films": f"evidence films {of('both_loa3')}",
     "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3')}",
     "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
