@@ -49,8 +49,6 @@ LABELS = {
     "stage3": "A3 from the ARM, stage 3 only",
     "loa3": "LoA3",
     "share01": "LoA3, a tenth in random order",
-    "smol0": "SmolLM2 as an A3, before",
-    "smol": "SmolLM2 as an A3, after",
 }
 
 

@@ -40,8 +40,6 @@ MODELS = {
     "stage3": f"{A3} {FROM_ARM}",
     "loa3": "--model loa3",
     "share01": "--model loa3 --random_share 0.1",
-    "smol0": "--max_iters 1 --learning_rate 1e-12",  # a LLaMA as it was: one step of no length
-    "smol": "--max_iters 240 --learning_rate 2e-4 --warmup_iters 10",  # and trained on
     "adapted": "",  # a LLaMA, for the papers' tasks
     "shared": "--left_neighbour False",  # and with one vector for all queries, as in the paper
 }
@@ -61,11 +59,6 @@ FILM = f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 
 LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
 BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
 
-SMOL = (
-    f"{A3} --init_from data/SmolLM2-135M-Instruct --device cpu --dtype bfloat16 --log_interval 20 "
-    f"--num_samples 0 {WIKITEXT} --batch_size 8 --seq_len 64 --weight_decay 0.01 "
-    "--eval_interval 40 --eval_windows 48"
-)
 # What experiments/tasks.py asks, at the length of its longest items. Its data is made by
 # python -m experiments.tasks prepare.
 TASKS = (
@@ -101,7 +94,6 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("", "stages stage3 a3_groups mdm_by_time", TWO, SMALL),
     ("", "lomdm_by_time", TWO, f"{SMALL} {HALF}"),
     ("", "share01", ONE, SMALL),
-    ("", "smol0 smol", ONE, SMOL),
     ("tasks_", "adapted shared", ONE, TASKS),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
     ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),
