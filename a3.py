@@ -203,7 +203,7 @@ class Block(nn.Module):
         which is largest for the key at the distance d, one place to the left if d is -1. Attention
         divides it by sqrt(head_dim). With c = 5 and head_dim 32, that key then weighs e^3 times
         one beside it. It is only the beginning: training may move it.
-        The other heads begin without, and find what is far. (This is in neither paper.)"""
+        The other heads begin without, and find what is far. (This is not in the paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
@@ -253,7 +253,8 @@ class Block(nn.Module):
 class A3(nn.Module):
     """Exact likelihoods and samples for any ordered partition of the positions.
 
-    Texts x (B, L) and groups (B, L) are int64, L <= seq_len. Everything is in nats."""
+    Texts x (B, L) and groups (B, L) are int64, L <= seq_len. Everything is in nats. If dropout is
+    not 0, call eval() before nelbo() and sample()."""
 
     Block = Block  # beyond/llama.py has another
 
@@ -293,7 +294,7 @@ class A3(nn.Module):
         # to right.
         n = round(config.local_heads * config.n_head)
         for block in self.blocks:
-            block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])
+            block.look_at([i // 2 + 2 if i % 2 else -(i // 2) for i in range(n)])  # 0, 2, -1, 3
 
     def check(self, x, groups=None):
         L, most = x.shape[-1] if x.ndim else 0, self.config.seq_len
@@ -468,9 +469,9 @@ class A3(nn.Module):
         """Fill the positions of x (B, L) with groups >= 0, one group after another, and inside
         of a group the per_step positions at a time that are first by the rule `by`.
 
-        Returns x and revealed_at (B, L): the number of the step that filled a position, and
-        the given tokens' groups as they were. As groups for log_prob() these give the probability
-        of what was drawn in this order, with the default temperature, top_k and top_p."""
+        Returns x and revealed_at (B, L): the number of the step that filled a position, and for a
+        given token its negative group. If log_prob() gets revealed_at as groups, it returns the
+        log-probability with which x was drawn, for the default temperature, top_k and top_p."""
         self.check(x, groups)
         need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
         L = x.shape[1]
@@ -548,7 +549,8 @@ def certainty(logits, by):
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """What tokens are drawn from, logits (.., V) -> (.., V): softmax of logits / temperature,
     0 takes the likeliest. Of that, the top_k likeliest tokens; and of those the fewest that
-    together reach top_p, or all if they do not. Both cuts go by the probabilities before."""
+    together reach top_p, or all if they do not. Both cuts go by the softmax itself: after top_k it
+    is not normalised again before top_p."""
     V = logits.shape[-1]
     top_k = V if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
@@ -716,8 +718,9 @@ def nll(model, h, x):
 
 
 def curriculum(step, total_steps, shares=(0.2, 0.3, 0.5), group_size=1):
-    """Progressive adaptation: the stage and the size of groups, in stage 3 the largest size, at
-    step 0, 1, .. of total_steps, which are cut into stages by shares. Later steps are as the last.
+    """Progressive adaptation: (stage, size of groups) at step 0, 1, .. of total_steps. In stage 3
+    the size is the largest one. shares says how total_steps is cut into stages. Steps after the
+    last are as the last.
 
         stage 1   one token a group, left to right. With left_neighbour=False the queries are
                   new, and learn here to predict. Otherwise a loaded GPT can do it already

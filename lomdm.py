@@ -56,7 +56,7 @@ Everything is in nats (divide by ln 2 for bits). The sections of this file:
     5  tools for sampling               how sure is a guess, and how to draw a token
     6  the same, cheaper                evenly spread k, a cache, logits in chunks
     7  not the same, and faster         training more on the middle of an order
-    8  the papers' clock                their bound: an integral over time, in full
+    8  the paper's clock                its bound: an integral over time, in full
 """
 
 import math
@@ -83,7 +83,7 @@ class Config:
     n_embd: int
     dropout: float = 0.0
     local_heads: float = 0.5  # this share of the heads begins by looking at a neighbour
-    block_len: int | None = None  # None means seq_len: one block
+    block_len: int | None = None  # None becomes seq_len: one block. (replace() has to set both)
     learn_order: bool = False
     weights: str = "normsig"  # the paper's weights, or "exp", far steeper ones: see Order
     c1: float = 0.7  # c1 and c2 of the paper's weights, see Order
@@ -183,7 +183,7 @@ class Block(nn.Module):
         which is largest for the key at the distance d, one place to the left if d is -1. Attention
         divides it by sqrt(head_dim). With c = 5 and head_dim 32, that key then weighs e^3 times
         one beside it. It is only the beginning: training may move it.
-        The other heads begin without, and find what is far. (This is in neither paper.)"""
+        The other heads begin without, and find what is far. (This is not in the paper.)"""
         D = self.proj.in_features // self.n_head
         k = torch.cat((torch.full((D // 2,), 5.0), torch.zeros(D // 2)))
 
@@ -237,7 +237,7 @@ def race(w, generator=None):
 
 
 def prefix_log_prob(w, order, k):
-    """log of the probability (..) that a race by weights w (.., K) begins as the first k (..)
+    """log of the probability (..) that a race by weights w (.., K) > 0 begins as the first k (..)
     places of order (.., K) do: the sum over j < k of log(w of order_j / sum of the weights of
     order_j, order_{j+1}, .., order_{K-1})."""
     w = w.gather(-1, order)  # in order of arrival
@@ -255,8 +255,9 @@ class Order(nn.Module):
         exp       w_i = exp(u_i - mean_j u_j)  with  u = 8 tanh(v / 8)     far steeper
 
     With normsig and the default c1 and c2, the largest weight is at most c1 / (c1 - c2) = 14
-    times the smallest, with exp e^16 times. Subtracting the mean gives the weights the mean c1,
-    or with exp the geometric mean 1. With exp it makes no order more likely.
+    times the smallest, with exp e^16 times. Subtracting the mean makes the mean of the weights c1,
+    or with exp their geometric mean 1. (With exp this divides all weights of a block by one number,
+    so no order gets more or less likely.)
 
     The linear map starts at zero. Then all weights are equal, and the model is exactly an MDM. With
     normsig and c2 = 0 it stays one, and only c2 / c1 matters, as weights that are all doubled give
@@ -304,7 +305,7 @@ class Uniform(nn.Module):
 
 
 def jump_terms(nll, w, w_hat, hidden):
-    """Step k of (2), for a block of K positions, times K, so that a uniform k gives all of (2).
+    """Step k of (2), times K, for a block of K positions: its mean over a uniform k is all of (2).
     (A step from one position to the next is called a jump, hence the name.) At this step the
     positions `hidden` are left, and W and W_hat are the sums of their weights. The next position
     is i with probability w_i / W. It is not drawn: the expected cost of the step is
@@ -315,7 +316,7 @@ def jump_terms(nll, w, w_hat, hidden):
     one True. Returns three tensors (..) in nats:
         recon    what the token costs
         order    what the order costs, a KL divergence: at least 0, and 0 if w_hat is w
-        timing   what the papers' bound has on top, at least 0. Training leaves it out: section 8"""
+        timing   what the paper's bound has on top, at least 0. Training leaves it out: section 8"""
     K = nll.shape[-1]
     W = (w * hidden).sum(-1, keepdim=True)
     W_hat = (w_hat * hidden).sum(-1, keepdim=True)
@@ -345,7 +346,8 @@ def reinforce(cost, log_q, m):
 
 
 class LoMDM(nn.Module):
-    """The network and its bound. One class is ARM, MDM, block diffusion and LoMDM: see Config.
+    """The network and its bound. One class is ARM, MDM, block diffusion and LoMDM: see Config. If
+    dropout is not 0, call eval() before nelbo() and sample().
 
     Texts x are (B, L), L <= seq_len. L is a multiple of block_len, or less than one block. A text
     z is one in which some tokens are replaced by mask_id. K = min(L, block_len) is the length of a
@@ -368,10 +370,11 @@ class LoMDM(nn.Module):
         # like, and logits() cuts off what is too much.
         self.lm_head = nn.Linear(C, 64 * math.ceil(config.vocab_size / 64), bias=False)
 
-        # The papers call the two functions from texts to weights g and g_hat. The guess
-        # w_hat(z) is read off the features that predict the tokens. The weights w(x) are read
-        # off the clean text, by one more block. It sees the embeddings, so that the clean text
-        # need not go through the network. It has no dropout, as noise in w costs nats.
+        # The paper's names are g for x -> w and g_hat for z -> w_hat. There both read features of
+        # the network, and send no gradient into it. Here w_hat is read off the features that
+        # predict the tokens, and shapes them, which is better (experiments/TRIED.md). And w comes
+        # from one block of its own on the embeddings, so that the clean text need not go through
+        # the network. That block has no dropout, as noise in w costs nats.
         self.g_hat = Order(config) if config.learn_order else Uniform()
         self.g = Order(config) if config.learn_order else Uniform()
         self.g_block = Block(config, dropout=0.0) if config.learn_order else None
@@ -501,7 +504,8 @@ class LoMDM(nn.Module):
         return self.g(h)
 
     def order_weights_hat(self, z):
-        """w_hat(z) (B, L): the weights of q_hat, which sees what is revealed."""
+        """w_hat(z) (B, L): the weights of q_hat, which sees what is revealed. They are meant for
+        hidden positions of a block that comes after finished ones."""
         return self.g_hat(self.features(z))
 
     def predict_masked(self, x, hidden):
@@ -517,8 +521,9 @@ class LoMDM(nn.Module):
 
     def loss(self, x):
         """What training minimises, for x (B, L): a loss for backward(), and a dict of detached
-        metrics. Report metrics["nelbo"] (negative evidence lower bound), an unbiased estimate of
-        the bound (2) in nats per token.
+        metrics. Report metrics["nelbo"] (negative evidence lower bound), which estimates the bound
+        (2) in nats per token. With a learned order the first third of the texts counts twice, so
+        it is unbiased if texts come in random order. To measure given texts, take nelbo().
 
         Without a learned order, this is the six lines at the top of the file, up to how k is
         drawn (sections 6 and 7). With a learned order, autograd cannot see how w changes which
@@ -532,9 +537,10 @@ class LoMDM(nn.Module):
             gradient of E cost  =  E[ grad (cost_1 + cost_2) / 2                          (3)
                                       + (cost_1 - cost_2) grad (log q_1 - log q_2) / 2 ]
 
-        Here log q is that of the first k places. What comes next needs no draw, as jump_terms()
-        averages over it. With several blocks, each has its own order, k, cost and equation (3):
-        a block sees the others clean or not at all, so their orders do not matter to its cost."""
+        This is RLOO, leave-one-out REINFORCE, with two draws. Here log q is that of the first k
+        places. What comes next needs no draw, as jump_terms() averages over it. With several
+        blocks, each has its own order, k, cost and equation (3): a block sees the others clean or
+        not at all, so their orders do not matter to its cost."""
         self.check(x)
         B, L = x.shape
         K = min(L, self.config.block_len)
@@ -550,9 +556,10 @@ class LoMDM(nn.Module):
 
         # With a learned order, (3) wants each text in two rows, r and B + r. For a first reading
         # take m = B and w = self.order_weights(x). In fact only the first m = B / 3 texts have a
-        # second row, and only they train w: see section 6.
+        # second row, and only they train w: see section 6. Neighbouring rows have neighbouring
+        # counts, so k is mixed, for these rows to have small and large ones.
         m = how_many_twice(B) if self.config.learn_order else 0
-        k = torch.cat((k[::3], k[1::3], k[2::3]))  # so that these have small and large k
+        k = torch.cat((k[::3], k[1::3], k[2::3]))
         w = weights_to_train(self, x, m)  # (B, L)
         x, w, k = (torch.cat((each, each[:m])) for each in (x, w, k))  # R = B + m rows each
 
@@ -564,7 +571,8 @@ class LoMDM(nn.Module):
         # Guess the hidden tokens, and the weights, in one pass of the network.
         token_nll, w_hat = self.predict_masked(x, hidden)
 
-        # The bound, or with middle_steps one that weighs some steps more.
+        # The cost of step k. Its mean over k is the bound, or with middle_steps, where k comes more
+        # often from the middle, one in which the middle counts more.
         recon, order_cost, _ = jump_terms(token_nll, w, w_hat, hidden)  # (R, n) each
         cost = recon + order_cost
         per_token = 1 / x.numel()  # the mean over all rows
@@ -574,7 +582,7 @@ class LoMDM(nn.Module):
             log_q = prefix_log_prob(w, order, k)  # (R, n)
             loss = loss + reinforce(cost, log_q, m).sum() * 2 * per_token  # a pair is two rows
 
-        in_bound = per_token / often[k]  # (R, n): as if all came equally often
+        in_bound = per_token / often[k]  # (R, n): undo that some k come more often
         metrics = {
             "nelbo": (cost * in_bound).sum(),
             "recon": (recon * in_bound).sum(),
@@ -619,10 +627,10 @@ class LoMDM(nn.Module):
         nothing but the time.
 
         Is a sample a draw from p? It is if by is "order", per_step 1, nothing is changed by
-        temperature, top_k or top_p, and nothing is given but whole blocks in front. If other
-        tokens are given, it is a draw from something near
-        p(rest | given): the model starts midway in an order, and its own order might not have
-        begun with the given tokens. Tokens that are given in later blocks are not seen.
+        temperature, top_k or top_p, and what is given, if anything, is whole blocks at the front.
+        If other tokens are given, it is a draw from something near p(rest | given): the model
+        starts midway in an order, and its own order might not have begun with the given tokens.
+        Tokens that are given in later blocks are not seen.
 
         Returns the texts x (B, L) and revealed_at (B, L): the number of the call that filled a
         position, and -1 if it was given."""
@@ -642,7 +650,7 @@ class LoMDM(nn.Module):
                 # Where? At the hidden positions that win the race, or have the largest score.
                 h = read(x[:, :end])  # (B, K, C)
                 score = self.score(h, by)  # (B, K)
-                if by in ("order", "random"):  # as race(), 1 / arrival: the first has the largest
+                if by in ("order", "random"):  # a race, by the largest 1 / arrival
                     score = score / torch.empty_like(score).exponential_(generator=generator)
                 score = score.masked_fill(~hidden, -torch.inf)
                 best = score.argsort(dim=1, descending=True, stable=True)
@@ -700,7 +708,8 @@ def certainty(logits, by):
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """What tokens are drawn from, logits (.., V) -> (.., V): softmax of logits / temperature,
     0 takes the likeliest. Of that, the top_k likeliest tokens; and of those the fewest that
-    together reach top_p, or all if they do not. Both cuts go by the probabilities before."""
+    together reach top_p, or all if they do not. Both cuts go by the softmax itself: after top_k it
+    is not normalised again before top_p."""
     V = logits.shape[-1]
     top_k = V if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
@@ -731,8 +740,8 @@ def how_many_twice(B):
     The added code is so that a step reads more texts. Two orders of one text teach the network
     less than two texts do, and the order needs pairs. An MDM with 16 texts a step has 16 rows, and
     so has a LoMDM with 8 texts in two orders, or with 12 of which 4 are. Where all orders stay
-    equally likely (c2 = 0), the first is 0.016 nats per token behind the MDM after as many steps,
-    and the second 0.010.
+    equally likely (c2 = 0), 8 texts in two orders are 0.016 nats per token behind the MDM after as
+    many steps, and 12 texts of which 4 are twice 0.010.
 
     The loss is a mean over rows, so these texts count double. Texts come in random order, so that
     favours none."""
@@ -799,8 +808,9 @@ class CachedReader:
         model, begin, end = self.model, self.begin, x.shape[1]
         K = min(end, model.config.block_len)
 
-        # Read only what is not finished. As a rule that is one block, which sees everything.
-        # After a prompt there are more, which must not see what comes later.
+        # Read only what was not finished when this was last called. Inside of a block that is the
+        # block itself, which sees everything. When a new one begins it is two, and after a prompt
+        # more. These must not see what comes later.
         tokens, pos, _ = model.inputs(x)
         b = pos // K
         mask = b[begin:, None] >= b if end - begin > K else None
@@ -814,7 +824,8 @@ class CachedReader:
         h = model.norm(h)
 
         # An ARM reads the token before each position, so it has read finished tokens only.
-        # Other models have just read a block with hidden tokens, and will read it again.
+        # Other models have just read their last block with hidden tokens, so its keys and values
+        # will change.
         self.begin = end if K == 1 else end - K
         return h[:, -K:]
 
@@ -873,9 +884,9 @@ def middle_counts(k, K):
     return (s * K).long().clamp(max=K - 1), K * integral.diff()
 
 
-# ---- 8. the papers' clock ----------------------------------------------------------------
-# The papers reach this objective, and one part more, on another road: with a clock. A reader of
-# OeMDM, the paper's name for LoMDM whose order is not learned, looks for what is below. Nothing
+# ---- 8. the paper's clock ----------------------------------------------------------------
+# The paper reaches this objective, and one part more, on another road: with a clock. Its OeMDM is
+# the frame below, for any rates A and A_hat. LoMDM is the case in which they are learned. Nothing
 # above needs it, and the tests tie the two together:
 # test_paper_bound_is_the_integral_over_time and
 # test_time_form_has_the_papers_bound_as_its_mean.
@@ -887,7 +898,7 @@ def middle_counts(k, K):
 #     A^i = -(d alpha^i / dt) / (1 - alpha^i)                                               (4)
 #
 # that is, with probability A^i dt in a short time dt. (The i of alpha^i and A^i is an
-# index, as in the papers, and not a power.)
+# index, as in the paper, and not a power.)
 #
 # LoMDM takes alpha^i = 1 - t^{w_i}, so its rate A^i is w_i / t. All hidden positions share the
 # factor 1 / t, so the next one is i with probability w_i / W. That is the race of section 2,
@@ -919,12 +930,14 @@ def middle_counts(k, K):
 
 
 def schedule(tau, w=1.0, speed=1):
-    """Equation (4) on a clock tau in [0, 1], which for one block is the time t itself:
+    """LoMDM's alpha, and its rate A by equation (4), on a clock tau in [0, 1], which for one block
+    is the time t itself:
 
         alpha^i = 1 - tau^{w_i}      A^i = speed w_i / tau      speed = d tau / dt
 
     tau is (B, 1) or (B, L), w a number or (B, L). Returns alpha and A, of their common shape.
-    A is 0 where the clock stands still, as nothing is about to be revealed there."""
+    A is 0 where the clock stands still, as nothing is about to be revealed there, and at the two
+    ends, 0 and 1, which a random time never hits."""
     running = (tau > 0) & (tau < 1)
     velocity = torch.where(running, speed * w / torch.where(running, tau, 1.0), 0.0)
     return 1 - tau**w, velocity
@@ -974,15 +987,14 @@ def nelbo_terms_at(model, x, t, w, generator=None):
 
 def nelbo_at(model, x, t, generator=None):
     """The integrand of (5) for texts x (B, L) at times t (B, 1), one noisy text each: recon
-    and order (B,). The mean over uniform t is the papers' bound. model: any LoMDM."""
+    and order (B,). The mean over uniform t is the paper's bound. model: any LoMDM."""
     recon, order, _ = nelbo_terms_at(model, x, t, model.order_weights(x), generator)
     return recon, order
 
 
 class ByTime(LoMDM):
-    """LoMDM, trained as in the papers: the bound (5) at one random time for each text. It has
-    the mean of LoMDM.loss() without middle_steps, plus the cost of guessing the times, and is
-    noisier.
+    """LoMDM, trained on the paper's bound: (5) at one random time for each text. It has the mean of
+    LoMDM.loss() without middle_steps, plus the cost of guessing the times, and is noisier.
     Checkpoints of the two classes fit each other."""
 
     def loss(self, x, t=None):

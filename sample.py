@@ -127,7 +127,8 @@ def template(s, tokenizer, mask_id):
 
     composed = unicodedata.is_normalized("NFC", "".join(parts))
     if not composed and tokenizer.kind != "char":  # which takes either
-        print("what is given is not composed (NFC), as most texts are: the model may not know it")
+        line = "what is given is not composed (NFC), as most texts are: the model may not know it"
+        print(line, file=sys.stderr)
 
     ids = tokenizer.encode(parts[0]).tolist()
     for part in parts[1:]:
@@ -166,7 +167,8 @@ def write(model, s, x, length, end, generator):
     L = model.config.seq_len
     given = x.shape[1]
     K = getattr(model.config, "block_len", 1)
-    keep = L // 2 // K * K or L // 2  # what the next window reads again; K > L / 2: half of it
+    # What the next window reads again: half a window in whole blocks, or half of its only block.
+    keep = L // 2 // K * K or L // 2
     revealed_at = torch.full_like(x, -1)
     calls = 0
 
@@ -222,7 +224,8 @@ def main(argv=None):
     check_model(s, model, name, n)
     length = n if s.infill is not None else s.length or L
     if n >= L and s.infill is None:
-        print(f"the model's window has {L} tokens: it reads the end of the prompt only")
+        line = f"the model's window has {L} tokens: it reads the end of the prompt only"
+        print(line, file=sys.stderr)
 
     x = torch.tensor([ids] * s.num_samples, dtype=torch.long, device=device)  # (N, n)
     generator = torch.Generator(device).manual_seed(s.seed)

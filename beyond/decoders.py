@@ -19,8 +19,8 @@ from beyond import loa3
 def decoder_log_prob(model, x, by="left", per_step=1):
     """log p(x) (B,) in nats, exactly, of the decoder sample(by=by, per_step=per_step), for
     texts x (B, L). Where a learned order would be drawn, the decoder takes the likeliest: the
-    largest w_hat or q_hat. It takes L / per_step calls. ValueError for rules that are
-    random."""
+    largest w_hat or q_hat. It takes as many calls as the decoder, and for an A3 from "left" or by
+    "order" just one. ValueError for rules that are random."""
     need(per_step >= 1, f"per_step must be at least 1, not {per_step}")
     is_a3 = isinstance(model, a3.A3)
     uniform = not is_a3 and not model.config.learn_order and model.config.block_len > 1

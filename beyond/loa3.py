@@ -55,8 +55,9 @@ class Order(nn.Module):
         log-weights   s_j = - sum_{i <= j} step_i     step > 0: j tends to come after j - 1
         q_hat         draws the direction with probabilities that are the same for all texts
         q             draws it with probabilities to which each kind of token in x adds a vote
+        both          draw the random way with probability random_share, which is fixed
 
-    At first left to right has two of three chances, for q and q_hat. Runs that began so ended
+    Of the rest, left to right has at first two thirds, for q and q_hat. Runs that began so ended
     better than with even chances. Each step_i begins as 6 forwards and -6 backwards: a position
     weighs e^6 times the next in its direction. All of this is learned.
 
@@ -255,11 +256,11 @@ class LoA3(a3.A3):
     def parameter_groups(self):
         """What an optimiser should know about the order.
 
-        No weight decay. A large eps: where the gradients of these parameters are far below 0.3,
-        Adam is then gradient descent with momentum, at the rate lr / 0.3, while with a small eps
-        it would blow up noise. No learning in the first third of the steps (train_step() of
-        train_char.py sets lr to 0). Until then
-        both directions are read, as the one that is easy first is often the wrong one. Not
-        clipped with the network's gradients, which these would then make smaller."""
+        There is no weight decay. eps is 0.3: where gradients are far below that, Adam is gradient
+        descent with momentum, at the rate lr / 0.3, and does not blow up noise. starts_after:
+        train_step() of train_char.py keeps lr at 0 for this share of the steps, in which both
+        directions are read, as the one that is easy first is often the wrong one. It also leaves
+        these parameters out of the clipping, as they would make the network's gradients
+        smaller."""
         params = list(self.order.parameters())
         return [{"params": params, "weight_decay": 0.0, "eps": 0.3, "starts_after": 1 / 3}]

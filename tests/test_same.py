@@ -38,6 +38,11 @@ def test_a_change_of_the_code_is_the_same_or_not(tmp_path, monkeypatch, capsys):
         assert said == list(equal)
 
 
+def test_what_has_not_changed_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(same, "train", None)
+    assert same.compare(ROOT, ROOT, tmp_path) == {}
+
+
 def test_all_runs_of_the_table_are_compared():
     """But for those that start from others. What makes them differ is still there."""
     kinds = same.kinds()

@@ -308,7 +308,7 @@ def test_a_prompt_in_another_form_is_said_and_kept(capsys):
         which = {"infill" if "_" in text else "prompt": text}
         ids = sample.template(sample.Settings(**which), GPT2(), 98)
         assert "".join(GPT2().pieces(ids)) == text.replace("_", "b")
-        assert capsys.readouterr().out.count("not composed (NFC)") == said
+        assert capsys.readouterr().err.count("not composed (NFC)") == said
 
 
 def test_prompts_from_files_and_with_line_ends(monkeypatch, capsys):
