@@ -556,9 +556,11 @@ class LoMDM(nn.Module):
 
         # With a learned order, (3) wants each text in two rows, r and B + r. For a first reading
         # take m = B and w = self.order_weights(x). In fact only the first m = B / 3 texts have a
-        # second row, and only they train w: see section 6. Neighbouring rows have neighbouring
-        # counts, so k is mixed, for these rows to have small and large ones.
+        # second row, and only they train w: see section 6.
         m = how_many_twice(B) if self.config.learn_order else 0
+
+        # Neighbouring rows have neighbouring counts. Mix them, so that the first m rows have small
+        # and large ones.
         k = torch.cat((k[::3], k[1::3], k[2::3]))
         w = weights_to_train(self, x, m)  # (B, L)
         x, w, k = (torch.cat((each, each[:m])) for each in (x, w, k))  # R = B + m rows each
@@ -995,7 +997,7 @@ def nelbo_at(model, x, t, generator=None):
 class ByTime(LoMDM):
     """LoMDM, trained on the paper's bound: (5) at one random time for each text. It has the mean of
     LoMDM.loss() without middle_steps, plus the cost of guessing the times, and is noisier.
-    Checkpoints of the two classes fit each other."""
+    Checkpoints of LoMDM and ByTime fit each other."""
 
     def loss(self, x, t=None):
         """As LoMDM.loss(), at times t (B, 1). By default these are spread evenly over the

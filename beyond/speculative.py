@@ -14,8 +14,9 @@ arXiv:2504.20456). The first draft saw all there was, so q = p and it is always 
 The same call can draft the next tokens, too, as the queries of an A3 may look at any number of
 committed tokens. It does not know yet how many drafts will be accepted, 1 to k, so it asks k
 queries for each of these numbers: k families of k queries. Then a round costs one call, where
-others need two. But that call has k^2 queries, so k should be small. With k =
-3, drafts d1 d2 d3 and ? for what is predicted:
+others need two. But that call has k^2 queries, so k should be small.
+
+With k = 3, drafts d1 d2 d3 and ? for what is predicted:
 
     family 1    sees d1          and predicts    d2?  ?  ?
     family 2    sees d1 d2       and predicts    d3?  ?  ?

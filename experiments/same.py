@@ -76,9 +76,11 @@ print(json.dumps({name: of(name) for name in train_char.MODELS}))
 
 
 def digests(code):
-    """{model: the digest of its code} for the code in a folder."""
-    argv = [sys.executable, "-c", DIGESTS]
-    return json.loads(subprocess.run(argv, cwd=code, capture_output=True, check=True).stdout)
+    """{model: the digest of its code} for the code in a folder. It is asked itself, as it may have
+    other models and other files than today's."""
+    done = subprocess.run([sys.executable, "-c", DIGESTS], cwd=code, capture_output=True, text=True)
+    need(not done.returncode, f"{code} is too old to be compared: {done.stderr[-300:]}")
+    return json.loads(done.stdout)
 
 
 def train(code, flags, out):
