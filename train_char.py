@@ -181,6 +181,7 @@ class Settings:
     middle_steps: bool = flag(True, "train more on the middle of an order", only=DRAW_A_STEP)
     group_size: int = flag(1, "stage 3 draws sizes from 1 to this", least=1, only="a3")
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
+    left_share: float = flag(0.0, "of stage 3, left to right", least=0, below=1, only="a3")
     init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
     left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
     random_share: float = flag(0.0, "of texts in random order", least=0, below=1, only="loa3")
@@ -368,6 +369,9 @@ def loss_arguments(s, step, x):
     else:  # each text has groups of a size of its own
         size = torch.randint(1, most + 1, (len(x), 1), device=x.device) if most > 1 else 1
         groups = a3.random_groups(*x.shape, size, device=x.device)
+        if s.left_share:  # some of them go on as an ARM, so that this is not forgotten
+            left = torch.rand(len(x), 1, device=x.device) < s.left_share
+            groups = torch.where(left, a3.chunk_groups(*x.shape, 1, x.device), groups)
     return {"groups": groups, "single": most == 1}
 
 

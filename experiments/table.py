@@ -42,6 +42,7 @@ MODELS = {
     "share01": "--model loa3 --random_share 0.1",
     "adapted": "",  # a LLaMA, for the papers' tasks
     "shared": "--left_neighbour False",  # and with one vector for all queries, as in the paper
+    "mixed": "--left_share 0.5",  # and half of the texts from left to right
 }
 
 WIKITEXT = "--data data/wikitext2/valid.txt --val_data data/wikitext2/test.txt"  # yours to fetch
@@ -59,12 +60,13 @@ FILM = f"--device cpu --dtype float32 --compile {QUIET} --n_layer 3 --n_embd 64 
 LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
 BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
 
+SMOL = "data/SmolLM2-135M-Instruct"
 # What experiments/tasks.py asks, at the length of its longest items. Its data is made by
 # python -m experiments.tasks prepare.
 TASKS = (
-    f"{A3} --init_from data/SmolLM2-135M-Instruct --data data/tasks/text.jsonl {CPU} "
-    "--batch_size 4 --seq_len 128 --max_iters 2000 --learning_rate 2e-4 --weight_decay 0.01 "
-    "--eval_interval 250 --eval_windows 32"
+    f"{A3} --init_from {SMOL} --data data/tasks/text.jsonl {CPU} "
+    "--batch_size 2 --seq_len 128 --max_iters 2000 --learning_rate 2e-4 --weight_decay 0.01 "
+    "--optimizer adamw --eval_interval 500 --eval_windows 64"
 )
 BASE = f"--preset base --device cuda {QUIET}"
 GPT2 = (
@@ -94,7 +96,7 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("", "stages stage3 a3_groups mdm_by_time", ONE, SMALL),
     ("", "lomdm_by_time", ONE, f"{SMALL} {HALF}"),
     ("", "share01", ONE, SMALL),
-    ("tasks_", "adapted shared", ONE, TASKS),
+    ("tasks_", "adapted shared mixed", ONE, TASKS),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
     ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),
 ]  # fmt: skip
@@ -129,8 +131,10 @@ MEASURE = {
     "page": "sample.py --device cpu --out_dir ready/loa3 --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
     "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
-    "tasks_ask": f"tasks ask data/SmolLM2-135M-Instruct {of('tasks_adapted tasks_shared')}",
-    "tasks_infill": f"tasks infill data/SmolLM2-135M-Instruct {of('tasks_adapted tasks_shared')} "
+    "tasks_ask": f"tasks ask {SMOL} {of('tasks_adapted tasks_shared')} --items 100",
+    "tasks_kept": f"tasks ask {SMOL} {of('tasks_adapted tasks_mixed')} --items 100",
+    "tasks_infill": f"tasks infill {SMOL} {of('tasks_adapted tasks_shared')} --items 50",
+    "tasks_losses": f"tasks losses {SMOL} {of('tasks_adapted tasks_shared tasks_mixed')} "
     "--items 100",
     # times, for which nothing else should run
     "steps": "bench --device cpu --what train --threads 1 --repeats 7",
@@ -187,15 +191,21 @@ def items():
 # ---- what is done --------------------------------------------------------------------------------
 @cache
 def todays_code(item):
-    """The digest of the models' code that makes it today, and of train_char.py. A measurement may
-    need any model. The script that measures does not count."""
+    """The digest of the code that makes it today. For a run that is the model's and train_char.py.
+    For a measurement it is that of the models in its runs, or of all models if it names no run.
+    What its runs were trained by is in their own logs. The script that measures does not count."""
     if item.is_run:
-        model = item.argv[item.argv.index("--model") + 1]
-        files = train_char.code_of(model, "--init_from" in item.argv)
-    else:
-        files = {f for name in train_char.MODELS for f in train_char.code_of(name, adapted=True)}
-        files |= {decoders.__file__, speculative.__file__}
+        return checkpoint.code_digest(code_of(item))
+
+    runs = [other for other in items() if other.name in item.needs]
+    files = [code_of(run) for run in runs] or map(train_char.code_of, train_char.MODELS)
+    files = {decoders.__file__, speculative.__file__}.union(*files) - {train_char.__file__}
     return checkpoint.code_digest(files)
+
+
+def code_of(run):
+    model = run.argv[run.argv.index("--model") + 1]
+    return train_char.code_of(model, "--init_from" in run.argv)
 
 
 def stamp(item):

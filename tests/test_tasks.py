@@ -366,20 +366,54 @@ def test_what_is_broken_off_goes_on_to_the_same_file(folder, made, tmp_path, mon
 def test_all_models_get_the_same_and_differences_are_paired(folder, made, tmp_path, capsys):
     ask(folder, made, tmp_path, names=("llama", "adapted", "shared"), items=2)
     out = capsys.readouterr().out
-    piqa = out[out.index("piqa") : out.index("siqa")].splitlines()
-    shown = [line.split("  ")[2].strip() for line in piqa[1:9]]
+    assert out.startswith("piqa: 2 items, chance 0.500\nsiqa: 2 items, chance 0.333\n")
+    measures, mine = {}, []
+    for line in out.splitlines()[len(packages.TASKS) :]:
+        if line.startswith("    "):
+            mine.append(line.split())
+        else:
+            mine = measures[line.partition(":")[0]] = []  # at last what compare() says
+
+    shown = [" ".join(words[:2]) for words in measures["acc"] if words[2] != "less"]
     assert shown == [
         *("llama hf", "llama left"),
         *(f"{name} {by}" for name in ("adapted", "shared") for by in tasks.RUN_ORDERS),
     ]
-    assert sum("adapted confidence less shared confidence" in line for line in piqa) == 1
+    pairs = [" ".join(words[:5]) for words in measures["f1"]]
+    assert pairs.count("adapted confidence less shared confidence:") == 1
 
+    # Of PIQA, the first column.
     nats = [
         [-lines(tmp_path / f"{n}_left.jsonl")[i][1] for i in (0, 5)] for n in ("adapted", "shared")
     ]
+    close(float(measures["nats"][2][2]), sum(nats[0]) / 2, 1e-3)
     less = [a - b for a, b in zip(*nats, strict=True)]
-    line = next(line for line in piqa if "adapted left less shared left" in line)
-    close(float(line.split("nats ")[1].split()[0]), sum(less) / 2, 1e-3)
+    pairs = {" ".join(words[:5]): words for words in measures["nats"]}
+    words = pairs["adapted left less shared left:"]
+    close(float(words[5]), sum(less) / 2, 2e-3)
+    assert len(words) == 5 + 3 * 4  # four tasks with options, each a mean, ± and an error
+
+
+@torch.no_grad()
+def test_losses_before_are_those_of_transformers(folder, made, tmp_path, capsys):
+    """From left to right, of the run's own validation windows; and differences window by window."""
+    ask(folder, made, tmp_path, names=("llama", "adapted"), command="losses", items=6)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows] == [
+        [name, order] for name in ("llama", "adapted") for order in ("left", "random")
+    ]
+
+    x = tasks.Run(folder / "adapted", windows=6).val
+    assert len(x) == 6 and x.shape[1] == 128
+    model = harness_tests.pretrained.transformers.AutoModelForCausalLM
+    model = model.from_pretrained(folder / "llama").float().eval()
+    begun = torch.cat((torch.full_like(x[:, :1], model.config.bos_token_id), x), 1)
+    log_p = model(begun).logits[:, :-1].log_softmax(-1).gather(2, x[..., None])
+    assert abs(float(rows[0][2]) + log_p.mean().item()) < 2e-4
+    for before, after in zip(rows[:2], rows[2:], strict=True):
+        assert float(before[8]) == 0
+        assert abs(float(after[8]) - (float(after[2]) - float(before[2]))) < 2e-4
+        assert float(after[2]) != float(before[2])
 
 
 # ---- stories -------------------------------------------------------------------------------------
@@ -447,6 +481,7 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
     [
         ("ask", "ask: name a LLaMA first, such as data/SmolLM2-135M-Instruct"),
         ("infill runs/none", "infill: name a LLaMA first"),
+        ("losses {llama}", "losses: name a run behind the LLaMA; the windows are its own"),
         ("all --data elsewhere", "all: what table.py lists reads data/tasks; leave --data out"),
         ("ask {llama} --items 1", "--items must be at least 2"),
         ("ask {llama} {llama}/no", "no holds no run; train one with --init_from"),
@@ -462,11 +497,14 @@ def test_mistakes_are_one_line(folder, argv, message, tmp_path):
 
 
 def test_run_all_knows_them():
-    """Both trainings by the same flags but one, and what is measured needs both."""
+    """The trainings by the same flags but one, and what is measured needs them."""
     mine = {item.name: item for item in table.items() if item.name.startswith("tasks_")}
-    runs = {"tasks_adapted_s1", "tasks_shared_s1"}
+    runs = {"tasks_adapted_s1", "tasks_mixed_s1", "tasks_shared_s1"}
     assert {name for name, item in mine.items() if item.is_run} == runs
-    one, other = (mine[name].command.replace(name, "") for name in sorted(runs))
-    assert other.replace(" --left_neighbour False", "") == one != other
-    assert all(mine[name].needs == runs for name in ("tasks_ask", "tasks_infill"))
+    plain, mixed, shared = (mine[name].command.replace(name, "") for name in sorted(runs))
+    assert shared.replace(" --left_neighbour False", "") == plain != shared
+    assert mixed.replace(" --left_share 0.5", "") == plain != mixed
+    for name, left_out in (("ask", "mixed"), ("infill", "mixed"), ("kept", "shared")):
+        assert mine[f"tasks_{name}"].needs == runs - {f"tasks_{left_out}_s1"}
+    assert mine["tasks_losses"].needs == runs
     assert Path(mine["tasks_ask"].argv[3]).name == packages.MODEL

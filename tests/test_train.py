@@ -302,6 +302,18 @@ def test_an_adaptation_goes_through_its_stages():
         assert torch.equal(given["groups"].sort(1).values, chunks)
         assert not torch.equal(given["groups"], chunks)
 
+    # A share of texts stays from left to right. The others are what they would be without it.
+    s.group_size = 1
+    x = torch.zeros(4000, 8, dtype=torch.long)
+    torch.manual_seed(0)
+    random = train_char.loss_arguments(s, 9, x)["groups"]
+    torch.manual_seed(0)
+    s.left_share = 0.25
+    given = train_char.loss_arguments(s, 9, x)
+    left = (given["groups"] == torch.arange(8)).all(1)
+    assert given["single"] and abs(left.double().mean() - 0.25) < 0.03  # 4 standard errors
+    assert torch.equal(given["groups"][~left], random[~left])
+
     s.model = "loa3"
     assert train_char.loss_arguments(s, 0, x) == {}
 
