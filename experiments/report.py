@@ -6,7 +6,7 @@ Writes RESULTS.md: page.md, in which {{word ..}} is replaced by what the logs sa
     {{losses arm mdm}}          a table of the validation figures of these runs
     {{pairs a3-arm left:a-b}}   a table of differences, seed by seed; left: of these figures
     {{ratios arm left:a3}}      how many times as many steps the runs plain_arm, .. take
-    {{curves c.svg arm mdm}}    a picture of validation figures during training
+    {{curves c.svg left:a3}}    a picture of validation figures during training
     {{rows NAME PATTERN}}       what a measurement printed: each match is a row of its groups
     {{nats arm left}}           one figure of a run, that has the word left
     {{find NAME PATTERN}}       the group of each match in what a measurement printed
@@ -49,6 +49,9 @@ LABELS = {
     "stage3": "A3 from the ARM, stage 3 only",
     "loa3": "LoA3",
     "share01": "LoA3, a tenth in random order",
+    "adapted": "A3",
+    "shared": "A3, one query vector",
+    "mixed": "A3, half of the texts left to right",
 }
 
 
@@ -63,7 +66,7 @@ FORMS = {
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
     name = re.sub(r"_s\d+$", "", name)
-    tables = ("early_", "laptop_", "time_", "film_long_", "both_", "base_", "gpt2_")
+    tables = ("early_", "laptop_", "time_", "film_long_", "both_", "tasks_", "base_", "gpt2_")
     prefixes = [*FORMS, *tables]
     prefix = re.match(f"({'|'.join(prefixes)})?", name)[0]
     name = name.removeprefix(prefix)
@@ -250,14 +253,17 @@ def nats(name, *words):
 def curves(picture, *names):
     series = {}
     for name in names:
+        word, _, name = name.rpartition(":")
+        kind, _ = figure(name, word)
         at = defaultdict(list)
         for _, rows in validations(name):
             for line in rows:
-                if line["kind"] == rows[0]["kind"]:
+                if line["kind"] == kind:
                     at[line["step"]].append(line["val"])
         if not at:
             return NOT_YET
-        series[label(name)] = [(step, *mean_error(values)) for step, values in sorted(at.items())]
+        points = [(step, *mean_error(values)) for step, values in sorted(at.items())]
+        series[f"{label(name)}, {word}" if word else label(name)] = points
 
     what = "nats per token, validation"
     svg = charts.chart(series, "steps", what)

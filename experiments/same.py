@@ -11,7 +11,9 @@ experiments/same.txt gets the two digests. Then a log of the older code counts a
 
 A whole training of 40 steps is compared, from warmup to the end of the cosine, with two
 validations. It is no proof for the 3,000 steps of a run, but all that makes such a run is in it.
-Models whose code is that of COMMIT are left out.
+Models whose code is that of COMMIT are left out. No LLaMA is trained here, as it is large. It has
+one digest with what begins with a model of ours, so if the code that only a LLaMA needs has
+changed, neither is compared.
 """
 
 import json
@@ -36,18 +38,22 @@ TIMES = "seconds", "tokens_per_second"
 
 
 def kinds():
-    """The flags of all runs in table.py, but smaller, once each. Those that start from another run
-    or from a LLaMA are left out, so their logs never count as today's."""
+    """The flags of all runs in table.py, but smaller, once each, without those for a GPU and those
+    that start from a LLaMA."""
     found = {}
     for item in table.items():
-        here = item.is_run and not {"cuda", "--init_from"} & set(item.argv)
-        if here:
-            flags = as_dict(item.argv[1:]) | SMALL | {"seed": "1"}
-            if flags["data"].startswith("automaton"):
-                del flags["seq_len"]  # a film's length
-            del flags["out_dir"]
-            found[tuple(sorted(flags.items()))] = None
+        if item.is_run and not {"cuda", table.SMOL} & set(item.argv):
+            found[tuple(sorted(small(item).items()))] = None
     return [dict(flags) for flags in found]
+
+
+def small(item):
+    """The flags of a run, but smaller."""
+    flags = as_dict(item.argv[1:]) | SMALL | {"seed": "1"}
+    if flags["data"].startswith("automaton"):
+        del flags["seq_len"]  # a film's length
+    del flags["out_dir"]
+    return flags
 
 
 def as_dict(words):
@@ -69,22 +75,33 @@ def unpack(commit, folder):
 
 DIGESTS = """
 import json, train_char
+from beyond import llama
 from plumbing import checkpoint
-of = lambda name: checkpoint.code_digest(train_char.code_of(name))
-print(json.dumps({name: of(name) for name in train_char.MODELS}))
+of = lambda *how: checkpoint.code_digest(train_char.code_of(*how))
+found = {name: of(name) for name in train_char.MODELS}
+found |= {f"{name} adapted": of(name, True) for name in train_char.MODELS}
+print(json.dumps(found | {"llama": checkpoint.code_digest({llama.__file__})}))
 """
 
 
 def digests(code):
-    """{model: the digest of its code} for the code in a folder. It is asked itself, as it may have
-    other models and other files than today's."""
+    """{model: the digest of its code} for the code in a folder; that of "MODEL adapted", which
+    --init_from has; and that of "llama", what only a LLaMA has. The folder is asked itself, as it
+    may have other models and other files than today's."""
     done = subprocess.run([sys.executable, "-c", DIGESTS], cwd=code, capture_output=True, text=True)
     need(not done.returncode, f"{code} is too old to be compared: {done.stderr[-300:]}")
     return json.loads(done.stdout)
 
 
 def train(code, flags, out):
-    """Train with the code in a folder: the rows of the log, without times."""
+    """Train with the code in a folder: the rows of the log, without times. What --init_from names
+    is trained before it."""
+    if "init_from" in flags:
+        [start] = (item for item in table.items() if f"runs/{item.name}" == flags["init_from"])
+        begun = out.with_name(f"{out.name}_start")
+        train(code, small(start), begun)
+        flags = flags | {"init_from": str(begun)}
+
     flags = {"data_dir": str(Path("data").resolve())} | flags | {"out_dir": str(out)}
     argv = [sys.executable, "train_char.py", *(f"--{name}={flags[name]}" for name in flags)]
     done = subprocess.run(argv, cwd=code, capture_output=True, text=True)
@@ -101,10 +118,14 @@ def compare(old, now, out):
     """{(digest of the older code, of today's): whether all runs with them were equal}. old, now:
     folders of code. out: a folder for the runs."""
     digest, digest_now = digests(old), digests(now)
+    same_llama = digest["llama"] == digest_now["llama"]
     pairs = {}
     for number, flags in enumerate(kinds()):
-        pair = digest.get(flags["model"]), digest_now[flags["model"]]
+        model = flags["model"] + (" adapted" if "init_from" in flags else "")
+        pair = digest.get(model), digest_now[model]
         if pair[0] in (None, pair[1]):  # a new model, or the same code
+            continue
+        if model.endswith("adapted") and not same_llama:  # of which no training here would tell
             continue
 
         rows = train(old, flags, out / f"old{number}")

@@ -177,13 +177,14 @@ def table(asked, found):
         print(f"{task}: {len(next(iter(measures.values())))} items{chance}")
 
     for measure in dict.fromkeys(name for measures in first.values() for name in measures):
-        print(f"{measure}: {', '.join(task for task in first if measure in first[task])}")
+        print(f"\n{measure}: {', '.join(task for task in first if measure in first[task])}")
         for model, mine in each.items():
-            print(f"    {' '.join(model):44} {line_of(mine, measure, '{:.3f} ± {:.3f}')}")
+            line = line_of(mine, measure, "{:.3f} ± {:.3f}")
+            print(f"{measure:8} {' '.join(model):34} {line}")
         for one, other in combinations(each, 2):
             if one[1] == other[1] != "hf":
-                line = line_of(less(each[one], each[other]), measure, "{:+.3f} ± {:.3f}")
-                print(f"    {' '.join(one)} less {' '.join(other)}: {line}")
+                line = line_of(less(each[other], each[one]), measure, "{:+.3f} ± {:.3f}")
+                print(f"{measure:8} {' '.join(other)} less {' '.join(one)}: {line}")
 
 
 def compare(asked, one, other):
@@ -195,7 +196,7 @@ def compare(asked, one, other):
         for x, y in zip(*both, strict=True)
     ]
     same = [x == y for (_, item), x, y in zip(asked, one, other, strict=True) if "answers" in item]
-    print(f"hf and left: {len(apart):,} log-likelihoods differ by {max(apart):.1e} nats at most,")
+    print(f"\nhf and left: {len(apart):,} log-likelihoods differ by {max(apart):.1e} nats at most,")
     print(f"and {sum(same)} of {len(same)} written answers are the same")
 
 

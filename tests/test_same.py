@@ -43,11 +43,33 @@ def test_what_has_not_changed_is_not_trained(tmp_path, monkeypatch):
     assert same.compare(ROOT, ROOT, tmp_path) == {}
 
 
+def test_what_begins_with_a_run_is_trained_behind_it(tmp_path, monkeypatch):
+    """Unless the code for a LLaMA has changed, which has the same digest and is not trained."""
+    monkeypatch.chdir(ROOT)
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 200)
+    quick = same.SMALL | {"data": str(text), "max_iters": "4", "eval_interval": "2"}
+    monkeypatch.setattr(same, "SMALL", quick | {"data_dir": str(tmp_path)})
+    stages = [flags for flags in same.kinds() if "init_from" in flags]
+    monkeypatch.setattr(same, "kinds", lambda: stages[:1])
+
+    code = tmp_path / "code"
+    shutil.copytree(ROOT, code, ignore=shutil.ignore_patterns(".*", "data", "runs*", "ready"))
+    for path, equal in (("train_char.py", [True]), ("beyond/llama.py", [])):
+        with open(code / path, "a", encoding="utf-8") as f:
+            f.write("\nNEW = 1\n")
+        pairs = same.compare(code, ROOT, tmp_path / path.replace("/", "_"))
+        assert list(pairs.values()) == equal
+        assert (tmp_path / path.replace("/", "_") / "now0_start/ckpt.pt").is_file() == bool(equal)
+
+
 def test_all_runs_of_the_table_are_compared():
-    """But for those that start from others. What makes them differ is still there."""
+    """But for a LLaMA. What makes them differ is still there."""
     kinds = same.kinds()
     assert {"lomdm", "arm", "mdm", "block", "a3", "loa3"} <= {flags["model"] for flags in kinds}
-    assert not any("init_from" in flags or flags["device"] == "cuda" for flags in kinds)
+    assert not any(flags["device"] == "cuda" for flags in kinds)
+    starts = [flags["init_from"] for flags in kinds if "init_from" in flags]
+    assert set(starts) == {"runs/arm_s1"} and len(starts) == 2  # in stages, and without
     assert any(flags.get("weights") == "exp" for flags in kinds)
     assert any(flags.get("optimizer") == "adamw" for flags in kinds)
     films = [flags for flags in kinds if flags["data"] == "automaton"]

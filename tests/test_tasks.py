@@ -367,29 +367,29 @@ def test_all_models_get_the_same_and_differences_are_paired(folder, made, tmp_pa
     ask(folder, made, tmp_path, names=("llama", "adapted", "shared"), items=2)
     out = capsys.readouterr().out
     assert out.startswith("piqa: 2 items, chance 0.500\nsiqa: 2 items, chance 0.333\n")
-    measures, mine = {}, []
-    for line in out.splitlines()[len(packages.TASKS) :]:
-        if line.startswith("    "):
-            mine.append(line.split())
-        else:
-            mine = measures[line.partition(":")[0]] = []  # at last what compare() says
+    lines_of = {name: [] for name in ("acc", "acc_norm", "nats", "em", "f1")}
+    for line in out.splitlines():
+        name, *words = line.split() or [""]
+        if name in lines_of:
+            lines_of[name].append(words)
 
-    shown = [" ".join(words[:2]) for words in measures["acc"] if words[2] != "less"]
+    shown = [" ".join(words[:2]) for words in lines_of["acc"] if words[2] != "less"]
     assert shown == [
         *("llama hf", "llama left"),
         *(f"{name} {by}" for name in ("adapted", "shared") for by in tasks.RUN_ORDERS),
     ]
-    pairs = [" ".join(words[:5]) for words in measures["f1"]]
-    assert pairs.count("adapted confidence less shared confidence:") == 1
+    pairs = [" ".join(words[:5]) for words in lines_of["f1"]]
+    assert pairs.count("shared confidence less adapted confidence:") == 1
+    assert "shared left less llama left:" in pairs
 
     # Of PIQA, the first column.
     nats = [
         [-lines(tmp_path / f"{n}_left.jsonl")[i][1] for i in (0, 5)] for n in ("adapted", "shared")
     ]
-    close(float(measures["nats"][2][2]), sum(nats[0]) / 2, 1e-3)
-    less = [a - b for a, b in zip(*nats, strict=True)]
-    pairs = {" ".join(words[:5]): words for words in measures["nats"]}
-    words = pairs["adapted left less shared left:"]
+    close(float(lines_of["nats"][2][2]), sum(nats[0]) / 2, 1e-3)
+    less = [b - a for a, b in zip(*nats, strict=True)]
+    pairs = {" ".join(words[:5]): words for words in lines_of["nats"]}
+    words = pairs["shared left less adapted left:"]
     close(float(words[5]), sum(less) / 2, 2e-3)
     assert len(words) == 5 + 3 * 4  # four tasks with options, each a mean, ± and an error
 
@@ -504,7 +504,8 @@ def test_run_all_knows_them():
     plain, mixed, shared = (mine[name].command.replace(name, "") for name in sorted(runs))
     assert shared.replace(" --left_neighbour False", "") == plain != shared
     assert mixed.replace(" --left_share 0.5", "") == plain != mixed
-    for name, left_out in (("ask", "mixed"), ("infill", "mixed"), ("kept", "shared")):
-        assert mine[f"tasks_{name}"].needs == runs - {f"tasks_{left_out}_s1"}
-    assert mine["tasks_losses"].needs == runs
+    both = runs - {"tasks_mixed_s1"}
+    assert all(mine[f"tasks_{name}"].needs == both for name in ("ask", "infill", "losses"))
+    kept = (mine[f"tasks_{name}"].needs for name in ("kept", "kept_losses"))
+    assert all(needs == {"tasks_mixed_s1"} for needs in kept)
     assert Path(mine["tasks_ask"].argv[3]).name == packages.MODEL
