@@ -131,11 +131,11 @@ MEASURE = {
     "page": "sample.py --device cpu --out_dir ready/loa3 --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
     "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
-    "tasks_ask": f"tasks ask {SMOL} {of('tasks_adapted tasks_shared')} --items 60",
-    "tasks_infill": f"tasks infill {SMOL} {of('tasks_adapted tasks_shared')} --items 50",
-    "tasks_losses": f"tasks losses {SMOL} {of('tasks_adapted tasks_shared')} --items 100",
-    "tasks_kept": f"tasks ask {SMOL} {of('tasks_mixed')} --items 60",
-    "tasks_kept_losses": f"tasks losses {SMOL} {of('tasks_mixed')} --items 100",
+    "tasks_ask": f"tasks ask {SMOL} {of('tasks_adapted tasks_shared')} --items 24",
+    "tasks_infill": f"tasks infill {SMOL} {of('tasks_adapted tasks_shared')} --items 16",
+    "tasks_losses": f"tasks losses {SMOL} {of('tasks_adapted tasks_shared')} --items 48",
+    "tasks_kept": f"tasks ask {SMOL} {of('tasks_mixed')} --items 24",
+    "tasks_kept_losses": f"tasks losses {SMOL} {of('tasks_mixed')} --items 48",
     # times, for which nothing else should run
     "steps": "bench --device cpu --what train --threads 1 --repeats 7",
     "steps_compiled": "bench --device cpu --what train --threads 1 --repeats 7 --compile "

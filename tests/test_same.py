@@ -43,6 +43,7 @@ def test_what_has_not_changed_is_not_trained(tmp_path, monkeypatch):
     assert same.compare(ROOT, ROOT, tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_what_begins_with_a_run_is_trained_behind_it(tmp_path, monkeypatch):
     """Unless the code for a LLaMA has changed, which has the same digest and is not trained."""
     monkeypatch.chdir(ROOT)
