@@ -95,6 +95,7 @@ def test_flags_exist():
     known = {f"--{name}" for S in settings for name in S.__dataclass_fields__}
     known |= {f"--{name}" for name in (*evidence.FLAGS, *harness.FLAGS)}
     known |= {"--only", "--minutes", "--list", "--again"}  # of run_all
+    known |= {"--download"}  # of tasks
     known |= {"--help", "--standalone", "--nproc_per_node"}  # torchrun's
     assert set(re.findall(r"(?<![\w-])--\w+", PROSE)) <= known
 
