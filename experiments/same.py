@@ -123,9 +123,8 @@ def compare(old, now, out):
     for number, flags in enumerate(kinds()):
         model = flags["model"] + (" adapted" if "init_from" in flags else "")
         pair = digest.get(model), digest_now[model]
-        if pair[0] in (None, pair[1]):  # a new model, or the same code
-            continue
-        if model.endswith("adapted") and not same_llama:  # of which no training here would tell
+        untold = "init_from" in flags and not same_llama  # no training here would tell of that
+        if untold or pair[0] in (None, pair[1]):  # or it is a new model, or the same code
             continue
 
         rows = train(old, flags, out / f"old{number}")

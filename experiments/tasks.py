@@ -254,11 +254,12 @@ def infill(a):
 
 def losses(a):
     """What the validation windows of the first run cost, in nats per token, and what each model
-    has less than the LLaMA, window by window."""
+    costs more than the LLaMA, window by window."""
     check_folders(a)
     need(a.folders[1:], "losses: name a run behind the LLaMA; the windows are its own")
     val = Run(a.folders[1], a.device, a.items).val  # (N, L)
-    before = {}
+
+    before = {}  # of the LLaMA, which comes first: {order: (N,)}
     for folder in a.folders:
         model = Scorer(folder, a.device).model
         for order in "left", "random":
@@ -266,8 +267,8 @@ def losses(a):
             costs = [model.nelbo(x, 1, order, generator=g) for x in val.split(8)]
             nats = torch.cat(costs).double() / val.shape[1]
             before.setdefault(order, nats)
-            less = shown(nats - before[order], "{:+.4f} ± {:.4f}")
-            print(f"{Path(folder).name:26} {order:8} {shown(nats)}  after - before {less}")
+            change = shown(nats - before[order], "{:+.4f} ± {:.4f}")
+            print(f"{Path(folder).name:26} {order:8} {shown(nats)}  after - before {change}")
 
 
 def everything(a):
