@@ -457,19 +457,22 @@ def save(s, state, model, optimizers, is_best):
     checkpoint.save(out / "last.pt", state)
 
 
+def restore(s, optimizers, ckpt):
+    """The optimizers as they were in ckpt. Returns its step, the best figure and seconds."""
+    for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    if ckpt["step"] >= s.max_iters:
+        done = f"already at step {ckpt['step']}; a larger --max_iters goes on"
+        need(Path(s.out_dir, "ckpt.pt").is_file(), f"{done}, as nothing was validated yet")
+        print(done)
+    return ckpt["step"], ckpt["best"], ckpt["seconds"]
+
+
 def train(s, device, corpus, model, ckpt, about):
     """Up to max_iters, from ckpt if there is one. Ctrl-C and SIGTERM stop it between two steps,
     all saved. about: what else checkpoints hold. Returns steps and seconds in all."""
     optimizers = make_optimizers(model, s)
-    step, best, seconds = 0, math.inf, 0.0
-    if ckpt:
-        step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
-        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if step >= s.max_iters:
-            done = f"already at step {step}; a larger --max_iters goes on"
-            need(Path(s.out_dir, "ckpt.pt").is_file(), f"{done}, as nothing was validated yet")
-            print(done)
+    step, best, seconds = restore(s, optimizers, ckpt) if ckpt else (0, math.inf, 0.0)
     saved_at = step
 
     loss_of = torch.compile(model.loss, dynamic=False) if s.compile else model.loss

@@ -157,9 +157,10 @@ class LoA3(a3.A3):
         return log_q_hat, log_q
 
     def likeliest_order(self, B, L):
-        """The number (B, L) at which each position comes in the likeliest order of q_hat's
-        likeliest way."""
-        s = self.order.log_weights(L)[self.order.log_q_hat_way().argmax()]
+        """The number (B, L) at which each position comes in the likeliest order of q_hat's likelier
+        direction. No order of the random way is as likely, however often that is drawn."""
+        direction = self.order.q_hat_logits.argmax()
+        s = self.order.log_weights(L)[direction]
         return s.argsort(descending=True, stable=True).argsort().repeat(B, 1)
 
     def order_terms(self, x, generator=None):
@@ -208,6 +209,7 @@ class LoA3(a3.A3):
         n_draws orders. For the order "left" or "random" see A3. Only these have a size."""
         if order != "learned":
             return super().nelbo(x, n_draws, order, size, generator)
+        need(size == 1, f"a learned order has groups of one token, not of {size}")
         need(n_draws >= 1, f"n_draws must be at least 1, not {n_draws}")
         total = 0
         for _ in range(n_draws):

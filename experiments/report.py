@@ -51,7 +51,7 @@ LABELS = {
     "share01": "LoA3, a tenth in random order",
     "adapted": "A3",
     "shared": "A3, one query vector",
-    "mixed": "A3, half of the texts left to right",
+    "mixed": "A3, half left to right",
 }
 
 
@@ -60,6 +60,8 @@ FORMS = {
     "adamw_": ", AdamW only",
     "uniform_": ", all steps alike",
     "free_": ", no local heads",
+    "tasks_125_": ", 125 steps",
+    "tasks_500_": ", 500 steps",
 }
 
 

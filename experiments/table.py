@@ -68,6 +68,7 @@ TASKS = (
     "--batch_size 2 --seq_len 128 --max_iters 2000 --learning_rate 2e-4 --weight_decay 0.01 "
     "--optimizer adamw --eval_interval 500 --eval_windows 64"
 )
+ADAPTED = "tasks_125_adapted tasks_500_adapted tasks_adapted tasks_mixed"
 BASE = f"--preset base --device cuda {QUIET}"
 GPT2 = (
     f"--preset gpt2 --device cuda {WIKITEXT} --tokenizer gpt2 --batch_size 8 "
@@ -97,6 +98,8 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("", "lomdm_by_time", ONE, f"{SMALL} {HALF}"),
     ("", "share01", ONE, SMALL),
     ("tasks_", "adapted shared mixed", ONE, TASKS),
+    ("tasks_500_", "adapted", ONE, f"{TASKS} --max_iters 500"),
+    ("tasks_125_", "adapted", ONE, f"{TASKS} --max_iters 125"),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
     ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),
 ]  # fmt: skip
@@ -131,11 +134,10 @@ MEASURE = {
     "page": "sample.py --device cpu --out_dir ready/loa3 --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
     "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
-    "tasks_ask": f"tasks ask {SMOL} {of('tasks_adapted tasks_shared')} --items 24",
+    "tasks_ask": f"tasks ask {SMOL} {of('tasks_adapted tasks_shared tasks_mixed')} --items 48",
+    "tasks_piqa": f"tasks ask {SMOL} {of(ADAPTED)} --tasks piqa --by left --items 250",
+    "tasks_losses": f"tasks losses {SMOL} {of(ADAPTED + ' tasks_shared')} --items 48",
     "tasks_infill": f"tasks infill {SMOL} {of('tasks_adapted tasks_shared')} --items 16",
-    "tasks_losses": f"tasks losses {SMOL} {of('tasks_adapted tasks_shared')} --items 48",
-    "tasks_kept": f"tasks ask {SMOL} {of('tasks_mixed')} --items 24",
-    "tasks_kept_losses": f"tasks losses {SMOL} {of('tasks_mixed')} --items 48",
     # times, for which nothing else should run
     "steps": "bench --device cpu --what train --threads 1 --repeats 7",
     "steps_compiled": "bench --device cpu --what train --threads 1 --repeats 7 --compile "

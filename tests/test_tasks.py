@@ -245,12 +245,20 @@ def answered(folder, made, tmp_path_factory):
     return out
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+def lines(out, model):
+    """The answers of a model, task after task."""
+    paths = [out / f"{model}_{task}.jsonl" for task in packages.TASKS]
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()[1:]]
+
+
+def first_items(folder, made, n=3):
+    """The first n of each task: [(task, item)]."""
+    tokenizer = HuggingFace.at(folder / "llama")
+    return [(t, item) for t in packages.TASKS for item in tasks.questions(made, tokenizer, t)[:n]]
 
 
 def test_the_harness_and_we_say_the_same_of_every_item(answered):
-    hf, ours = lines(answered / "llama_hf.jsonl"), lines(answered / "llama_left.jsonl")
+    hf, ours = lines(answered, "llama_hf"), lines(answered, "llama_left")
     assert len(hf) == 3 * 4 + 2 == len(ours)
     for one, other in zip(hf, ours, strict=True):
         if isinstance(one, str):
@@ -267,9 +275,8 @@ def test_answers_are_the_sums_of_log_p_by_hand(folder, made, answered):
     transformers = harness_tests.pretrained.transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama").float().eval()
     tokenizer = HuggingFace.at(folder / "llama")
-    asked = [q for r in tasks.questions(made, tokenizer)[:3] for q in r]
-    assert [name for name, _ in asked[:5]] == list(packages.TASKS)
-    for (_, item), found in zip(asked, lines(answered / "llama_left.jsonl"), strict=True):
+    asked = first_items(folder, made)
+    for (_, item), found in zip(asked, lines(answered, "llama_left"), strict=True):
         for choice, log_p in zip(item.get("choices", ()), found, strict=False):
             context, more = (tokenizer.encode(t).tolist() for t in (item["context"], f" {choice}"))
             x = torch.tensor([[model.config.bos_token_id, *context, *more]])
@@ -286,9 +293,8 @@ def test_scores_are_those_of_the_harness(folder, made, answered, capsys):
     model = tasks.hf_model(folder / "llama", "cpu")
     manager = TaskManager(include_path=str(made), include_defaults=False)
     names = [f"tasks_{name}" for name in packages.TASKS]
-    tokenizer = HuggingFace.at(folder / "llama")
-    asked = [q for r in tasks.questions(made, tokenizer)[:3] for q in r]
-    found = lines(answered / "llama_hf.jsonl")
+    asked = first_items(folder, made)
+    found = lines(answered, "llama_hf")
 
     want = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0)
     for name in packages.TASKS:
@@ -330,15 +336,14 @@ def test_an_item_that_is_too_long_is_asked_of_nobody(folder):
 def test_what_is_broken_off_goes_on_to_the_same_file(folder, made, tmp_path, monkeypatch, by):
     """Stopped in the middle of a line, and asked anew: only what is missing is asked."""
     name = "llama" if by == "hf" else "adapted"
-    tokenizer = HuggingFace.at(folder / "llama")
-    asked = [q for r in tasks.questions(made, tokenizer)[:3] for q in r]
+    asked = [item for _, item in first_items(folder, made)]
     load = partial(tasks.model_of, folder / name, by, "cpu")
     whole = answers.going_on(tmp_path / "whole.jsonl", {"a": 1}, asked, load, tasks.answer)
 
-    def stop_at(model, question):
-        if question == asked[6]:
+    def stop_at(model, item):
+        if item == asked[6]:
             raise KeyboardInterrupt
-        return tasks.answer(model, question)
+        return tasks.answer(model, item)
 
     path = tmp_path / "part.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -348,9 +353,9 @@ def test_what_is_broken_off_goes_on_to_the_same_file(folder, made, tmp_path, mon
         f.write("[-1.5, ")
     seen = []
 
-    def see(model, question):
-        seen.append(question)
-        return tasks.answer(model, question)
+    def see(model, item):
+        seen.append(item)
+        return tasks.answer(model, item)
 
     again = answers.going_on(path, {"a": 1}, asked, load, see)
     assert again == whole and seen == asked[6:]
@@ -358,7 +363,7 @@ def test_what_is_broken_off_goes_on_to_the_same_file(folder, made, tmp_path, mon
 
     fewer = answers.going_on(path, {"a": 1}, asked[:4], None, None)
     assert fewer == whole[:4] and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    answers.going_on(path, {"a": 2}, asked[:2], lambda: None, lambda model, q: 0)
+    answers.going_on(path, {"a": 2}, asked[:2], lambda: None, lambda model, item: 0)
     assert path.read_text() == '{"a": 2}\n0\n0\n'
     assert Path(f"{path}.old").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()  # kept
 
@@ -383,15 +388,40 @@ def test_all_models_get_the_same_and_differences_are_paired(folder, made, tmp_pa
     assert "shared left less llama left:" in pairs
 
     # Of PIQA, the first column.
-    nats = [
-        [-lines(tmp_path / f"{n}_left.jsonl")[i][1] for i in (0, 5)] for n in ("adapted", "shared")
-    ]
+    nats = [[-row[1] for row in lines(tmp_path, f"{n}_left")[:2]] for n in ("adapted", "shared")]
     close(float(lines_of["nats"][2][2]), sum(nats[0]) / 2, 1e-3)
     less = [b - a for a, b in zip(*nats, strict=True)]
     pairs = {" ".join(words[:5]): words for words in lines_of["nats"]}
     words = pairs["shared left less adapted left:"]
     close(float(words[5]), sum(less) / 2, 2e-3)
     assert len(words) == 5 + 3 * 4  # four tasks with options, each a mean, ± and an error
+
+
+def test_some_tasks_in_some_orders(folder, made, tmp_path, capsys, monkeypatch):
+    """Only they are asked, each model is loaded once, and what is there is not asked again."""
+    names = ("llama", "adapted")
+    ask(folder, made, tmp_path, names=names)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    assert len(before) == 5 * 5
+    loaded = []
+    model_of = tasks.model_of
+    monkeypatch.setattr(
+        tasks, "model_of", lambda *args: loaded.append(args[:2]) or model_of(*args)
+    )
+    capsys.readouterr()
+
+    ask(folder, made, tmp_path, "--tasks", "siqa,piqa", "--by", "left", names=names, items=4)
+    rules = [(Path(one).name, by) for one, by in loaded]
+    assert rules == [("llama", "hf"), ("llama", "left"), ("adapted", "left")]
+    for path, text in before.items():
+        added = path.read_text().removeprefix(text).count("\n")
+        asked = "piqa" in path.name or "siqa" in path.name
+        by_left = "random" not in path.name and "confidence" not in path.name
+        assert path.read_text().startswith(text) and added == (asked and by_left)
+
+    out = capsys.readouterr().out
+    assert out.startswith("siqa: 4 items, chance 0.333\npiqa: 4 items, chance 0.500\n\nacc: ")
+    assert len([line for line in out.splitlines() if line.startswith("acc ")]) == 3 + 1
 
 
 @torch.no_grad()
@@ -465,7 +495,7 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
             len([line for line in out.splitlines() if line.startswith(f"    {row} {how}: ")]) == 3
         )
 
-    [row, *_] = lines(tmp_path / "adapted_stories.jsonl")
+    row = json.loads((tmp_path / "adapted_stories.jsonl").read_text().splitlines()[1])
     calls = {how: calls for how, (_, calls) in row["draws"].items()}
     n = calls["left 1"]
     assert calls["confidence 2"] == -(-n // 2) and calls["confidence 4"] == -(-n // 4)
@@ -486,6 +516,8 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
         ("ask {llama} --items 1", "--items must be at least 2"),
         ("ask {llama} {llama}/no", "no holds no run; train one with --init_from"),
         ("ask {llama} {llama}/../adapted a/adapted", "two folders have one name, and answers"),
+        ("ask {llama} --tasks piqa,arc", "--tasks arc: there are piqa, siqa, commonsenseqa, openb"),
+        ("ask {llama} --by left,right", "--by right: there are left, random, confidence"),
         ("ask {llama} --data nowhere", "nowhere.piqa.jsonl; make it: python -m experiments.tasks"),
     ],
 )
@@ -499,13 +531,20 @@ def test_mistakes_are_one_line(folder, argv, message, tmp_path):
 def test_run_all_knows_them():
     """The trainings by the same flags but one, and what is measured needs them."""
     mine = {item.name: item for item in table.items() if item.name.startswith("tasks_")}
-    runs = {"tasks_adapted_s1", "tasks_mixed_s1", "tasks_shared_s1"}
-    assert {name for name, item in mine.items() if item.is_run} == runs
-    plain, mixed, shared = (mine[name].command.replace(name, "") for name in sorted(runs))
-    assert shared.replace(" --left_neighbour False", "") == plain != shared
-    assert mixed.replace(" --left_share 0.5", "") == plain != mixed
-    both = runs - {"tasks_mixed_s1"}
-    assert all(mine[f"tasks_{name}"].needs == both for name in ("ask", "infill", "losses"))
-    kept = (mine[f"tasks_{name}"].needs for name in ("kept", "kept_losses"))
-    assert all(needs == {"tasks_mixed_s1"} for needs in kept)
+    plain = mine["tasks_adapted_s1"]
+    for run, flag in (
+        ("tasks_mixed", " --left_share 0.5"),
+        ("tasks_shared", " --left_neighbour False"),
+        ("tasks_125_adapted", " --max_iters 125"),
+        ("tasks_500_adapted", " --max_iters 500"),
+    ):
+        theirs = mine[f"{run}_s1"].command.replace(run, "tasks_adapted")
+        assert theirs.replace(flag, "") == plain.command != theirs
+
+    three = {"tasks_adapted_s1", "tasks_mixed_s1", "tasks_shared_s1"}
+    shorter = {"tasks_125_adapted_s1", "tasks_500_adapted_s1"}
+    assert {name for name, item in mine.items() if item.is_run} == three | shorter
+    assert mine["tasks_ask"].needs == three and mine["tasks_losses"].needs == three | shorter
+    assert mine["tasks_piqa"].needs == three - {"tasks_shared_s1"} | shorter
+    assert mine["tasks_infill"].needs == three - {"tasks_mixed_s1"}
     assert Path(mine["tasks_ask"].argv[3]).name == packages.MODEL
