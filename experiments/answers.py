@@ -10,9 +10,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import a3
-from beyond import llama, speculative
+from beyond import llama
 from experiments import harness, packages
-from plumbing import checkpoint
+from plumbing import checkpoint, tokenizers
 from plumbing.checkpoint import write_text
 from plumbing.cli import need
 
@@ -26,8 +26,8 @@ def read_lines(path):
 
 
 def fitting(items, length):
-    """The items in an order that is random and always the same, without those of which length(item)
-    tokens are more than WINDOW - 2. Some models begin with a token or two of their own."""
+    """The items whose length(item) in tokens fits into WINDOW, with two to spare, as some models
+    begin with a token or two of their own; in a random order that never changes."""
     items = random.Random(1).sample(items, len(items))
     return [item for item in items if length(item) <= WINDOW - 2]
 
@@ -37,7 +37,7 @@ def header_of(folder, by, asked, *files):
     else of the code they depend on."""
     is_run = Path(folder, "ckpt.pt").is_file()
     state = Path(folder, "ckpt.pt" if is_run else "model.safetensors").stat()
-    common = (m.__file__ for m in (a3, llama, speculative, harness, packages))
+    common = (m.__file__ for m in (a3, llama, tokenizers, harness, packages))
     code = checkpoint.code_digest([*common, __file__, *files])
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     model = [str(Path(folder)), state.st_size, int(state.st_mtime)]
@@ -48,13 +48,13 @@ def going_on(path, header, asked, load, answer):
     """[answer(model, one) for one in asked], each of them a line of the file at path. Lines that
     are there are not made again, if the file begins with this header. With another one it is kept
     as PATH.old. load() makes the model, and is called when the first answer is missing."""
+    # A process that was killed may have left half a line behind the last "\n".
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
     if lines[:1] != [json.dumps(header)]:
         if lines:
             path.replace(f"{path}.old")
         lines = [json.dumps(header)]
-    whole = "\n".join(lines) + "\n"  # without half a line
-    write_text(path, whole)
+    write_text(path, "\n".join(lines) + "\n")
 
     done = len(lines) - 1
     if done < len(asked):

@@ -6,8 +6,10 @@ An A3 on the tasks of lm-evaluation-harness (pip install lm_eval).
     python -m experiments.harness runs/a3 --tasks piqa --by confidence
 
 The folder is an out_dir of train_char.py, or a LLaMA in Hugging Face's format, which becomes an A3.
-What a continuation costs is exact, given its context. Its tokens come from left to right, or by
-another rule: at random, which is the mean of several orders, or where the model is surest first.
+What a continuation costs in one order is exact, given its context. The order is from left to right,
+or the model's choice: where it is surest comes first. At random, the cost is the mean over several
+orders. (That is an upper bound of what a text costs if its order is drawn, too.)
+
 A text begins with the model's own start token, and where documents were separate in training behind
 an end of text. The harness's hf model has a start token with add_bos_token=True.
 """
@@ -131,7 +133,7 @@ class Scorer:
         is_top = log_p.argmax(-1) == target
         log_p = log_p.gather(1, target[:, None])[:, 0].double()
 
-        sizes = [n * self.draws for n in map(len, [more for _, more in pairs])]
+        sizes = [len(more) * self.draws for _, more in pairs]
         parts = zip(log_p.split(sizes), is_top.split(sizes), strict=True)
         return [(part.sum().item() / self.draws, bool(top.all())) for part, top in parts]
 
@@ -154,8 +156,10 @@ class Scorer:
         """What is written after a text, by the settings of the harness: at most half a window, up
         to a stop."""
         n = min(how.get("max_gen_toks", 256), max(1, self.window // 2))
+
+        # Greedy, unless the task asks for samples by a temperature, or by do_sample.
         temperature = how.get("temperature", 1.0 if how.get("do_sample") else 0.0)
-        if not how.get("do_sample", temperature > 0):
+        if how.get("do_sample") is False:
             temperature = 0.0
 
         written = self.write(self.begin + self.encode(text), n, temperature)
@@ -167,8 +171,8 @@ class Scorer:
 
 # ---- tasks ---------------------------------------------------------------------------------------
 def adapter(scorer, rows=4):
-    """The scorer as the harness calls it. How context and continuation meet is the harness's. It
-    reads so many rows at a time, the longest first."""
+    """The scorer as the harness calls it. How context and continuation meet is the harness's.
+    rows: how many continuations are read at a time, the longest first."""
     try:
         from lm_eval.api.model import TemplateLM
     except ImportError:

