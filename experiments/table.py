@@ -68,6 +68,7 @@ TASKS = (
     "--batch_size 2 --seq_len 128 --max_iters 2000 --learning_rate 2e-4 --weight_decay 0.01 "
     "--optimizer adamw --eval_interval 500 --eval_windows 64"
 )
+LONG_ADAPTED = "tasks_adapted tasks_shared tasks_mixed"
 ADAPTED = "tasks_125_adapted tasks_500_adapted tasks_adapted tasks_mixed"
 BASE = f"--preset base --device cuda {QUIET}"
 GPT2 = (
@@ -134,10 +135,10 @@ MEASURE = {
     "page": "sample.py --device cpu --out_dir ready/loa3 --prompt ROMEO: --length 500 "
     f"--top_p 0.9 --html {PICTURES}/sample.html",
     "count": "bench --device cpu --preset gpt2 --what count --dtype bfloat16",
-    "tasks_ask": f"tasks ask {SMOL} {of('tasks_adapted tasks_shared tasks_mixed')} --items 48",
+    "tasks_ask": f"tasks ask {SMOL} {of(LONG_ADAPTED)} --items 48",
     "tasks_piqa": f"tasks ask {SMOL} {of(ADAPTED)} --tasks piqa --by left --items 250",
     "tasks_losses": f"tasks losses {SMOL} {of(ADAPTED + ' tasks_shared')} --items 48",
-    "tasks_infill": f"tasks infill {SMOL} {of('tasks_adapted tasks_shared')} --items 16",
+    "tasks_infill": f"tasks infill {SMOL} {of(LONG_ADAPTED)} --items 16",
     # times, for which nothing else should run
     "steps": "bench --device cpu --what train --threads 1 --repeats 7",
     "steps_compiled": "bench --device cpu --what train --threads 1 --repeats 7 --compile "
