@@ -136,10 +136,11 @@ def show(rows, found):
         nats = {by: [row["nats"][by] for row in answers] for by in answers[0]["nats"]}
         for by, each in nats.items():
             print(f"    {name:26} {by:8} {shown(each, '{:.3f} ± {:.3f}')}")
-        less = [left - before for left, before in zip(nats["left"], nats["before"], strict=True)]
-        print(f"    {name:26} left - before {shown(less, '{:+.3f} ± {:.3f}')}")
-        less = [mine - theirs for mine, theirs in zip(nats["left"], llama_before, strict=True)]
-        print(f"    {name:26} left - LLaMA's before {shown(less, '{:+.3f} ± {:.3f}')}")
+
+        # With both sides given, less with only the left one: its own cost, and the LLaMA's.
+        for whose, before in (("before", nats["before"]), ("LLaMA's before", llama_before)):
+            less = [x - y for x, y in zip(nats["left"], before, strict=True)]
+            print(f"    {name:26} left - {whose} {shown(less, '{:+.3f} ± {:.3f}')}")
 
     print("ROUGE-L of a drawn middle with the true one, and calls of the model")
     for name, answers in found.items():

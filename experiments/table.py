@@ -68,6 +68,7 @@ TASKS = (
     "--batch_size 2 --seq_len 128 --max_iters 2000 --learning_rate 2e-4 --weight_decay 0.01 "
     "--optimizer adamw --eval_interval 500 --eval_windows 64"
 )
+# Trained for the whole of TASKS; and in our form, from few steps to all, and half left to right.
 LONG_ADAPTED = "tasks_adapted tasks_shared tasks_mixed"
 ADAPTED = "tasks_125_adapted tasks_500_adapted tasks_adapted tasks_mixed"
 BASE = f"--preset base --device cuda {QUIET}"
@@ -99,7 +100,7 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("", "lomdm_by_time", ONE, f"{SMALL} {HALF}"),
     ("", "share01", ONE, SMALL),
     ("tasks_", "adapted shared mixed", ONE, TASKS),
-    ("tasks_500_", "adapted", ONE, f"{TASKS} --max_iters 500"),
+    ("tasks_500_", "adapted", ONE, f"{TASKS} --max_iters 500"),  # the last --max_iters counts
     ("tasks_125_", "adapted", ONE, f"{TASKS} --max_iters 125"),
     ("base_", "arm mdm lomdm a3 loa3", THREE, BASE),
     ("gpt2_", "arm mdm lomdm a3 loa3", ONE, GPT2),

@@ -321,8 +321,8 @@ def parse(argv):
     p.add_argument("--device", default="cpu", help="[cpu]")
     a = p.parse_args(argv)
     cli.check_range("items", a.items, 2, None)
-    none = a.command in ("prepare", "all")
-    need(not (none and a.folders), f"{a.command} takes no folders")
+    if a.command in ("prepare", "all"):
+        need(not a.folders, f"{a.command} takes no folders")
     a.device = cli.pick_device(a.device)
     return a
 

@@ -3,6 +3,7 @@ random LLaMA: against the harness, transformers, and numbers by hand."""
 
 import json
 import random
+import re
 import sys
 import zipfile
 from functools import partial
@@ -495,6 +496,16 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
             len([line for line in out.splitlines() if line.startswith(f"    {row} {how}: ")]) == 3
         )
 
+    # What both sides save, story by story: against its own left side only, and the LLaMA's.
+    found = {
+        name: [row["nats"] for row in answers.read_lines(tmp_path / f"{name}_stories.jsonl")[1:]]
+        for name in ("llama", "adapted")
+    }
+    for whose, name in (("before", "adapted"), ("LLaMA's before", "llama")):
+        less = [x["left"] - y["before"] for x, y in zip(found["adapted"], found[name], strict=True)]
+        [line] = re.findall(rf"    adapted +left - {whose} (\S+) ±", out)
+        close(float(line), sum(less) / 3, 1e-3)
+
     row = json.loads((tmp_path / "adapted_stories.jsonl").read_text().splitlines()[1])
     calls = {how: calls for how, (_, calls) in row["draws"].items()}
     n = calls["left 1"]
@@ -513,6 +524,7 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
         ("infill runs/none", "infill: name a LLaMA first"),
         ("losses {llama}", "losses: name a run behind the LLaMA; the windows are its own"),
         ("all --data elsewhere", "all: what table.py lists reads data/tasks; leave --data out"),
+        ("prepare {llama}", "prepare takes no folders"),
         ("ask {llama} --items 1", "--items must be at least 2"),
         ("ask {llama} {llama}/no", "no holds no run; train one with --init_from"),
         ("ask {llama} {llama}/../adapted a/adapted", "two folders have one name, and answers"),
