@@ -223,7 +223,8 @@ def model_of(folder, by, device):
 def check_folders(a):
     """UserError unless they are a LLaMA, and runs."""
     is_llama = a.folders and Path(a.folders[0], "config.json").is_file()
-    need(is_llama, f"{a.command}: name a LLaMA first, such as data/{packages.MODEL}")
+    example = f"data/{packages.MODEL}, which prepare --download makes"
+    need(is_llama, f"{a.command}: name the folder of a LLaMA first, such as {example}")
     names = [Path(folder).name for folder in a.folders]
     need(len({*names}) == len(names), "two folders have one name, and answers are kept by name")
     for folder in a.folders[1:]:
