@@ -520,7 +520,7 @@ def test_middles_are_written_and_shown(folder, made, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv,message",
     [
-        ("ask", "ask: name the folder of a LLaMA first, such as data/SmolLM2-135M-Instruct, which prep"),
+        ("ask", "ask: name the folder of a LLaMA first, such as data/SmolLM2-135M-Instruct, "),
         ("infill runs/none", "infill: name the folder of a LLaMA first"),
         ("losses {llama}", "losses: name a run behind the LLaMA; the windows are its own"),
         ("all --data elsewhere", "all: what table.py lists reads data/tasks; leave --data out"),
