@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 import a3
-from beyond import loa3
 from beyond.speculative import generate_speculative
 from plumbing import checkpoint, cli, pictures
 from plumbing.cli import flag, need
@@ -101,8 +100,8 @@ def check_model(s, model, name, n):
     need(s.drafts == 1 or is_a3, f"--drafts is for a3 and loa3, not {name}")
     alone = s.drafts == 1 or (s.per_step == 1 and s.by in (None, "left", "order"))
     need(alone, "--drafts: with --per_step 1, by left or order")
-    is_loa3 = isinstance(model, loa3.LoA3)
-    need(s.by != "order" or is_loa3 or not is_a3, f"--by order: {name} has not learned one")
+    has_order = hasattr(model, "draw_groups") or not is_a3
+    need(s.by != "order" or has_order, f"--by order: {name} has not learned one")
     K = getattr(model.config, "block_len", s.per_step)  # an A3 has no blocks, and no limit
     need(s.per_step <= K, f"--per_step: {name} fills in a block of {K} at most in one call")
 
@@ -147,7 +146,7 @@ def fill(model, s, z, generator):
         by = {"by": s.by} if s.by else {}
         return model.sample(z, per_step=s.per_step, generator=generator, **by, **how)
 
-    if isinstance(model, loa3.LoA3) and s.by != "left":
+    if hasattr(model, "draw_groups") and s.by != "left":  # it has learned an order
         groups = model.draw_groups(z, generator=generator)
     else:
         is_open = z == model.mask_id

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import a3
 import lomdm
-from beyond import init_from, llama, loa3
+from beyond import init_from, llama, loa3, planned
 from plumbing import checkpoint, cli, data, pictures, processes
 from plumbing.cli import flag, need
 from plumbing.muon import Muon
@@ -50,6 +50,7 @@ MODELS = {
     "lomdm": (lomdm.LoMDM, lomdm.Config, {"learn_order": True}),  # some orders are likelier
     "a3": (a3.A3, a3.Config, {}),  # groups on two streams
     "loa3": (loa3.LoA3, loa3.Config, {}),  # a learned order on two streams
+    "planned": (planned.Planned, a3.Config, {}),  # one order on two streams, found by search
     "mdm-by-time": (lomdm.ByTime, lomdm.Config, {}),  # as the papers train it, with a clock
     "lomdm-by-time": (lomdm.ByTime, lomdm.Config, {"learn_order": True}),
     "llama": (llama.Llama, llama.Config, {}),  # what --model a3 becomes with --init_from a LLaMA
@@ -72,7 +73,7 @@ def figures_of(model):
         "exact, random order": {"order": "random"},
         "exact, left to right": {"order": "left"},
     }
-    if isinstance(model, loa3.LoA3):
+    if isinstance(model, (loa3.LoA3, planned.Planned)):
         return {"bound": {}} | exact
     if isinstance(model, a3.A3):
         return exact | {"exact, random groups of 4": {"order": "random", "size": 4}}
@@ -146,6 +147,7 @@ DATA = f"{', '.join(data.SOURCES)}, a file or a folder [shakespeare]"
 # The models that some flags are for.
 HAVE_BLOCKS = "block lomdm lomdm-by-time"
 LEARN_ORDER = "lomdm lomdm-by-time"
+TWO_STREAMS = "a3 loa3 planned"
 DRAW_A_STEP = "mdm block lomdm"  # an ARM's blocks have one step, and by-time draws a time
 
 
@@ -173,7 +175,7 @@ class Settings:
     n_layer: int | None = flag(None, "blocks")
     n_head: int | None = flag(None, "attention heads")
     n_embd: int | None = flag(None, "width")
-    local_heads: float | None = flag(None, "this share of heads [.5; a3, loa3: .75]", least=0)
+    local_heads: float | None = flag(None, "this share of heads [.5; a3, ..: .75]", least=0)
     dropout: float | None = flag(None, "[0; preset base: 0.2; --init_from: as it had, or 0]")
     block_len: int | None = flag(None, "[block: 16; else the window]", least=1, only=HAVE_BLOCKS)
     weights: str = flag("normsig", "or exp, far steeper", ("normsig", "exp"), only=LEARN_ORDER)
@@ -183,7 +185,7 @@ class Settings:
     shares: tuple = flag((0.2, 0.3, 0.5), "of the steps in stages 1, 2, 3", only="a3")
     left_share: float = flag(0.0, "of stage 3, left to right", least=0, below=1, only="a3")
     init_from: str | None = flag(None, "out_dir of a run to go on with; a3: of an ARM, or a LLaMA")
-    left_neighbour: bool = flag(True, "False: the paper's queries, of one vector", only="a3 loa3")
+    left_neighbour: bool = flag(True, "False: one vector for all queries", only=TWO_STREAMS)
     random_share: float = flag(0.0, "of texts in random order", least=0, below=1, only="loa3")
     # optimisation
     batch_size: int | None = flag(None, "windows a micro-batch", least=1, below=2**20)
@@ -356,9 +358,11 @@ def make_optimizers(model, s):
     return [Muon(inner, s.learning_rate, s.weight_decay), adamw]
 
 
-def loss_arguments(s, step, x):
+def loss_arguments(s, step, x, model=None):
     """What the loss is given besides x: for A3, groups by the stage of its curriculum, and
-    whether all of them have one token."""
+    whether all of them have one token. For a planned order, groups by what is planned so far."""
+    if s.model == "planned":
+        return {"groups": model.training_groups(len(x), step / s.max_iters, step)}
     if s.model != "a3":
         return {}
 
@@ -387,13 +391,13 @@ def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
         seed_all(s, step, m)
         x = get_batch(s, text, device, mark)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-            loss, metrics = loss_of(x, **loss_arguments(s, step, x))
+            loss, metrics = loss_of(x, **loss_arguments(s, step, x, model))
         (loss * WORLD / M).backward()
         each.append(metrics)
     processes.average_gradients(model)
 
-    # LoA3's order has a group of parameters with starts_after: it does not move before that share
-    # of the steps, and is never clipped. No other model has one.
+    # LoA3's order and the rules of a planned order have a group of parameters with starts_after: it
+    # does not move before that share of the steps, and is never clipped. No other model has one.
     all_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     plain = [group for group in all_groups if "starts_after" not in group]
     norm = torch.nn.utils.clip_grad_norm_([p for g in plain for p in g["params"]], 1.0)

@@ -79,7 +79,7 @@ def weights_of(model):
     LoMDM's w and LoA3's q, is left out, as are the rows that only fill up the last matrix."""
     packed = {}
     for name, p in model.named_parameters():
-        if name.startswith(("g.", "g_block.", "order.token_logits", "order.q_logits")):
+        if name.startswith(("g.", "g_block.", "order.token_logits", "order.q_logits", "rules.")):
             continue
         p = p[: model.config.vocab_size] if name == "lm_head.weight" else p
         packed[name] = pack(p)

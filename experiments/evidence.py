@@ -13,6 +13,7 @@ The numbers and pictures of RESULTS.md, from runs of train_char.py. Each command
     python -m experiments.evidence perplexity runs/* --val_data FILE    of a text of one's own
     python -m experiments.evidence rows runs/automaton                  films: is time found?
     python -m experiments.evidence films runs/automaton                 are its films right?
+    python -m experiments.evidence found runs/scrambled                 where is each cell's turn?
 
 Standard errors are over windows of the validation split.
 """
@@ -29,7 +30,7 @@ import torch
 import a3
 import lomdm
 import train_char
-from beyond import loa3
+from beyond import loa3, planned
 from beyond.decoders import decoder_log_prob
 from experiments import charts, films
 from experiments.runs import Run, mean_error, order_log_weights, shown
@@ -350,6 +351,8 @@ def draw_order(run, x, generator):
     L = x.shape[1]
     if isinstance(run.model, loa3.LoA3):
         return run.model.order.draw(run.model.order.log_q_way(x), L, generator).argsort(-1)
+    if isinstance(run.model, planned.Planned):
+        return run.model.draw_places(1, L, generator)
     if run.is_a3:
         return a3.random_groups(1, L, 1, generator, x.device)
 
@@ -435,6 +438,7 @@ COMMANDS = {  # what each takes besides out_dirs
     perplexity: ("val_data",),
     films.rows: (),
     films.films: ("samples",),
+    films.found: ("svg",),
 }
 
 

@@ -2,9 +2,11 @@
 rule?"""
 
 import itertools
+from pathlib import Path
 
 import torch
 
+from experiments import puzzles
 from experiments.runs import order_log_weights, shown
 from plumbing import pictures
 from plumbing.cli import need
@@ -15,6 +17,10 @@ from plumbing.films import CELLS, ROWS
 def need_films(run):
     films = run.ckpt["settings"]["data"] in TEXT_LEN
     need(films, f"{run.name} was not trained on an automaton")
+
+
+def is_scrambled(run):
+    return Path(run.ckpt["settings"]["data"]).name == "scrambled.txt"
 
 
 def rows(runs, a):
@@ -44,6 +50,46 @@ def kendall(film):
     pairs = itertools.combinations(range(ROWS), 2)
     first = [film[:, i, :, None] > film[:, j, None, :] for i, j in pairs]
     return 2 * torch.stack(first).double().mean((0, 2, 3)) - 1
+
+
+def found(runs, a):
+    """Films of one direction, plain or scrambled by puzzles.py: the order of a run, as it is for
+    the films themselves. How many of the 48 cells that follow from three others come after all
+    three? And tau, as `rows` has it. With --svg a film, coloured by the order of time, and then by
+    that of each run."""
+    pictured = []
+    for run in runs:
+        run.need_order()
+        if is_scrambled(run):
+            places = puzzles.scrambling(0)
+        else:
+            need_films(run)
+            places = puzzles.PLACES.ravel()
+
+        # Back to where the cells were before they were scrambled: (N, L), and then by time.
+        of_film = torch.as_tensor(places).argsort()
+        s = run.over_windows(order_log_weights)[:, of_film]
+        in_time = s.unflatten(1, (ROWS, -1))[..., :CELLS].flip(1)  # (N, ROWS, CELLS)
+        after, tau = after_parents(in_time), kendall(in_time)
+        cells = (ROWS - 1) * CELLS
+        print(f"{run.name} after their parents {shown(after)} of {cells} tau {shown(tau)}")
+
+        x = run.val[:1].cpu()[:, of_film]
+        if not pictured:
+            time = torch.as_tensor(puzzles.TIME).argsort()
+            pictured += pictures.pieces(run.tokenizer, x, time[None])
+        turn = s[:1].argsort(1, descending=True).argsort(1)
+        pictured += pictures.pieces(run.tokenizer, x, turn)
+    pictures.show(pictured, order=True)
+    if a.svg:
+        pictures.write(a.svg, pictures.svg(pictured))
+
+
+def after_parents(film):
+    """How many cells (n,) of log-weights film (n, ROWS, cells), in time, come after all three that
+    they follow from."""
+    first = torch.stack([film[:, :-1].roll(k, 2) for k in (1, 0, -1)]).amin(0)
+    return (film[:, 1:] < first).double().sum((1, 2))
 
 
 def films(runs, a):

@@ -1,12 +1,12 @@
 """
 Texts whose good orders are known: most are easy in one order and hard in others.
 
-    python -m experiments.puzzles scrambled --to data/scrambled.txt
-    python train_char.py --model lomdm --weights exp --data data/scrambled.txt --text_len 68
+    python -m experiments.puzzles
+    python train_char.py --model loa3 --data data/puzzles/scrambled.txt --text_len 68
 
-Each text has the same length, and no order of positions is good for all kinds. With --in_order the
-characters of every text stand in a good order, so that an ARM trained on the file is told what
-others have to find. What a text costs at least, by the way it is made:
+All texts of a kind have the same length, and no order of positions is good for all kinds. In
+NAME_in_order.txt the characters of every text stand in a good order, so that an ARM trained on that
+file is told what others have to find. What a text costs at least, by the way it is made:
 
     films       an automaton's four moments, the last one first       16 ln 2         11.0904
     scrambled   films whose cells changed places, all in one way      16 ln 2         11.0904
@@ -23,11 +23,13 @@ as each node has one edge that leads to it, and hard from the centre, where four
 import itertools
 import math
 from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
 
 import numpy as np
 
 from plumbing import cli
 from plumbing.checkpoint import write_text
+from plumbing.cli import need
 from plumbing.films import CELLS, ROWS, films
 
 PLACES = np.arange(ROWS * (CELLS + 1)).reshape(ROWS, CELLS + 1)  # a film, row by row
@@ -125,24 +127,28 @@ PUZZLES = {  # (what makes them, the least cost of a text in nats)
 
 def main(argv=None):
     p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("puzzle", choices=tuple(PUZZLES))
-    p.add_argument("--to", required=True, help="the file to write")
+    p.add_argument("puzzles", nargs="*", help=f"of {', '.join(PUZZLES)} [all]")
+    p.add_argument("--to", default="data/puzzles", help="the folder to write to [data/puzzles]")
     p.add_argument("--n", type=int, default=22000, help="texts; the last tenth validates [22000]")
     p.add_argument("--seed", type=int, default=1, help="[1]")
-    p.add_argument("--in_order", action="store_true", help="each text in its good order")
     a = p.parse_args(argv)
     cli.check_range("n", a.n, 1, 2**24)
     cli.check_range("seed", a.seed, 0, 2**32)
 
-    make, least = PUZZLES[a.puzzle]
-    texts = []
-    for text, order in make(a.n, a.seed):
-        texts.append("".join(text[i] for i in order) if a.in_order else text)
-    write_text(a.to, "".join(texts))
-    L = len(texts[0])
-    print(
-        f"{a.to}: {a.n:,} texts of {L} characters (--text_len {L}), each {least:.4f} nats or more"
-    )
+    for name in a.puzzles:
+        need(name in PUZZLES, f"{name} is not one of {', '.join(PUZZLES)}")
+    Path(a.to).mkdir(parents=True, exist_ok=True)
+    for name in a.puzzles or PUZZLES:
+        make, least = PUZZLES[name]
+        pairs = list(make(a.n, a.seed))
+        path = Path(a.to, f"{name}.txt")
+        write_text(path, "".join(text for text, _ in pairs))
+        in_order = ("".join(text[i] for i in order) for text, order in pairs)
+        write_text(path.with_stem(f"{name}_in_order"), "".join(in_order))
+
+        L = len(pairs[0][0])
+        how = f"{a.n:,} texts of {L} characters (--text_len {L})"
+        print(f"{path}: {how}, each {least:.4f} nats or more; and {name}_in_order.txt")
 
 
 if __name__ == "__main__":

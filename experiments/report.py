@@ -48,6 +48,7 @@ LABELS = {
     "stages": "A3 from the ARM, three stages",
     "stage3": "A3 from the ARM, stage 3 only",
     "loa3": "LoA3",
+    "planned": "A3 with a planned order",
     "share01": "LoA3, a tenth in random order",
     "adapted": "A3",
     "shared": "A3, one query vector",
@@ -60,6 +61,7 @@ FORMS = {
     "adamw_": ", AdamW only",
     "uniform_": ", all steps alike",
     "free_": ", no local heads",
+    "told_": ", told the order",
     "tasks_125_": ", 125 steps",
     "tasks_500_": ", 500 steps",
 }
@@ -68,8 +70,8 @@ FORMS = {
 def label(name):
     """What a reader calls a run. What its table has in common goes: film_, the seed."""
     name = re.sub(r"_s\d+$", "", name)
-    tables = ("early_", "laptop_", "time_", "film_long_", "both_", "tasks_", "base_", "gpt2_")
-    prefixes = [*FORMS, *tables]
+    tables = "early laptop time film_long both scrambled tasks base gpt2"
+    prefixes = [*FORMS, *(f"{name}_" for name in tables.split())]
     prefix = re.match(f"({'|'.join(prefixes)})?", name)[0]
     name = name.removeprefix(prefix)
     return LABELS.get(name, name) + FORMS.get(prefix, "")

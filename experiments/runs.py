@@ -8,7 +8,7 @@ import torch
 
 import a3
 import train_char
-from beyond import init_from, loa3
+from beyond import init_from
 from plumbing import checkpoint, cli, data
 from plumbing.cli import UserError, need
 from plumbing.tokenizers import tokenizer_of
@@ -69,7 +69,7 @@ class Run:
     @property
     def has_order(self):
         learned = getattr(self.model.config, "learn_order", False)
-        return learned or isinstance(self.model, loa3.LoA3)
+        return learned or hasattr(self.model, "order_log_weights")
 
     def need_lomdm(self):
         need(not self.is_a3, f"{self.name} holds an A3; this is for lomdm.py's models")

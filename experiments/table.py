@@ -39,6 +39,7 @@ MODELS = {
     "stages": f"--model a3 {FROM_ARM}",
     "stage3": f"{A3} {FROM_ARM}",
     "loa3": "--model loa3",
+    "planned": "--model planned",
     "share01": "--model loa3 --random_share 0.1",
     "adapted": "",  # a LLaMA, for the papers' tasks
     "shared": "--left_neighbour False",  # and with one vector for all queries, as in the paper
@@ -61,6 +62,11 @@ LONG_FILM = "--data automaton --max_iters 3000 --eval_interval 1000"
 BOTH_WAYS = "--data automaton-both --max_iters 3000 --eval_interval 1000"
 
 SMOL = "data/SmolLM2-135M-Instruct"
+# What experiments/puzzles.py writes. "told": every text stands in a good order.
+PUZZLE = "--max_iters 3000 --eval_interval 1000 --data data/puzzles/"
+SCRAMBLED = f"{PUZZLE}scrambled.txt --text_len 68"
+TOLD = f"{PUZZLE}scrambled_in_order.txt --text_len 68"
+
 # What experiments/tasks.py asks, at the length of its longest items. Its data is made by
 # python -m experiments.tasks prepare.
 TASKS = (
@@ -88,6 +94,12 @@ TRAIN = [  # what their names begin with, models, seeds, flags
     ("laptop_", "arm", ONE, f"{CPU} --batch_size 12 --max_iters 2000 --eval_interval 500"),
     ("film_long_", "arm mdm loa3", THREE, f"{FILM} 64 {LONG_FILM}"),
     ("film_long_", "lomdm lomdm_exp lomdm_frozen", THREE, f"{FILM} 48 {LONG_FILM}"),
+    ("", "planned", THREE, SMALL),
+    ("film_long_", "planned", THREE, f"{FILM} 64 {LONG_FILM}"),
+    ("scrambled_", "planned arm", THREE, f"{FILM} 64 {SCRAMBLED}"),
+    ("told_", "arm", THREE, f"{FILM} 64 {TOLD}"),
+    ("scrambled_", "loa3 a3", THREE, f"{FILM} 64 {SCRAMBLED}"),
+    ("scrambled_", "lomdm lomdm_exp", THREE, f"{FILM} 48 {SCRAMBLED}"),
     ("plain_", "arm a3 loa3", TWO, f"{SMALL} {PLAIN}"),
     ("plain_", "mdm block16", TWO, f"{SMALL} {PLAIN} --middle_steps False"),
     ("plain_", "lomdm", TWO, f"{SMALL} {FEWER} {PLAIN} --middle_steps False"),
@@ -118,6 +130,9 @@ MEASURE = {
     "rows_long": f"evidence rows {of('film_long_lomdm_exp')}",
     "films": f"evidence films {of('both_loa3')}",
     "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3')}",
+    "found": f"evidence found {of('film_long_planned', THREE)} --svg {PICTURES}/found.svg",
+    "scrambled": f"evidence found {of('scrambled_planned', THREE)} --svg {PICTURES}/scrambled.svg",
+    "planned": f"evidence passage {of('planned', THREE)} --windows 4",
     "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
     "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",

@@ -17,7 +17,7 @@ import torch
 
 import a3
 import lomdm
-from beyond import loa3
+from beyond import loa3, planned
 
 V = 3  # tokens, where nothing else is said
 
@@ -62,6 +62,15 @@ def make_loa3(L=4, seed=0, vocab_size=V, random_share=0.2, **kw):
     torch.manual_seed(seed)
     config = loa3.Config(vocab_size, L, random_share=random_share, **(SIZE | kw))
     return randomize(loa3.LoA3(config))
+
+
+def make_planned(L=4, seed=0, M=5, **kw):
+    """With M random orders, one of them twice."""
+    torch.manual_seed(seed)
+    model = randomize(planned.Planned(a3.Config(V, L, **(SIZE | kw))))
+    model.orders = torch.rand(M, L).argsort(1)
+    model.orders[1] = model.orders[0]
+    return model
 
 
 # ---- lists of everything -----------------------------------------------------------------

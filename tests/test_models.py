@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from oracle import MODELS, V, fits, make_a3, make_loa3, make_lomdm, seeded, spy
+from oracle import MODELS, V, fits, make_a3, make_loa3, make_lomdm, make_planned, seeded, spy
 
 import a3
 import lomdm
@@ -15,13 +15,14 @@ from beyond import loa3
 from beyond.decoders import decoder_log_prob
 
 pytestmark = pytest.mark.usefixtures("float64")
-every_model = pytest.mark.parametrize("name", [*MODELS, "a3", "loa3"])
+every_model = pytest.mark.parametrize("name", [*MODELS, "a3", "loa3", "planned"])
 
 
 def make(name, L=4, **kw):
     if name in MODELS:
         return make_lomdm(L, **MODELS[name], **kw)
-    return make_a3(L, **kw) if name == "a3" else make_loa3(L, **kw)
+    make = {"a3": make_a3, "loa3": make_loa3, "planned": make_planned}[name]
+    return make(L, **kw)
 
 
 # ---- sampling ----------------------------------------------------------------------------
@@ -32,6 +33,7 @@ CALLED = [
     ("a3", "left"),
     ("a3", "random"),
     ("loa3", "order"),
+    ("planned", "order"),
 ]
 
 

@@ -63,10 +63,18 @@ def test_sudokus():
 
 
 def test_command(tmp_path, capsys):
-    path = tmp_path / "s.txt"
-    puzzles.main(["sudoku", "--n", "12", "--to", str(path)])
-    out = capsys.readouterr().out
-    assert out == f"{path}: 12 texts of 17 characters (--text_len 17), each 5.6630 nats or more\n"
-    assert len(Path(path).read_text()) == 12 * 17
+    """Every text as it is, and once more with its characters in the good order."""
+    puzzles.main(["star", "sudoku", "--n", "12", "--to", str(tmp_path / "new")])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(tmp_path / "new" / f"{name}.txt") for name in ("star", "sudoku")
+    ]
+    text, in_order = (
+        Path(tmp_path, "new", f"{name}.txt").read_text() for name in ("star", "star_in_order")
+    )
+    L = len(text) // 12
+    for i, (star, order) in enumerate(puzzles.star(12, 1)):
+        assert text[i * L :][:L] == star
+        assert in_order[i * L :][:L] == "".join(star[j] for j in order)
+
     with pytest.raises(UserError, match="--n must be at least 1"):
-        puzzles.main(["sudoku", "--n", "0", "--to", str(path)])
+        puzzles.main(["sudoku", "--n", "0", "--to", str(tmp_path)])

@@ -13,7 +13,8 @@ from plumbing.cli import UserError
 
 TINY = "--data text.txt --data_dir tokens --device cpu --max_iters 1 --num_samples 0 "
 TINY += "--n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_size 4"
-BLOCKS = {"lomdm": 16, "mdm": 16, "block": 4, "arm": 1, "a3": 1, "loa3": 1}  # their lengths
+# The lengths of blocks.
+BLOCKS = {"lomdm": 16, "mdm": 16, "block": 4, "arm": 1, "a3": 1, "loa3": 1, "planned": 1}
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +101,12 @@ def test_every_model_by_every_rule(draw, model):
             assert all(text[:3] == "to " and text[5:11] == ", or_n" for text in found)
 
 
-@pytest.mark.parametrize("model", ["a3", "loa3"])
+@pytest.mark.parametrize("model", ["a3", "loa3", "planned"])
 def test_drafts(draw, model):
     """Greedy from the left, they change nothing. An order may be drawn with them, too."""
     greedy = "--temperature 0 --num_samples 2 --by left --prompt to --drafts"
     assert len({draw(model, f"{greedy} {drafts}") for drafts in (1, 2, 3, 4)}) == 1
-    if model == "loa3":
+    if model != "a3":
         [text] = texts(draw(model, "--num_samples 1 --drafts 3", infill="to __, or n_"))
         assert text[:3] == "to " and text[5:11] == ", or n"
 
