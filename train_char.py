@@ -362,7 +362,7 @@ def loss_arguments(s, step, x, model=None):
     """What the loss is given besides x: for A3, groups by the stage of its curriculum, and
     whether all of them have one token. For a planned order, groups by what is planned so far."""
     if s.model == "planned":
-        return {"groups": model.training_groups(len(x), step / s.max_iters, step)}
+        return {"groups": model.training_groups(len(x), step / s.max_iters)}
     if s.model != "a3":
         return {}
 
@@ -382,6 +382,9 @@ def loss_arguments(s, step, x, model=None):
 def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
     """One step of training. Returns its metrics, {name: number on the device}. They stay
     there, because the CPU would have to wait for the GPU to read a number."""
+    if s.model == "planned":
+        model.plan(step / s.max_iters, step)
+
     # The gradient of the mean loss over all M micro-batches. This process has every WORLD-th
     # of them. average_gradients() then divides the sum over processes by WORLD, so each loss
     # counts WORLD / M.

@@ -1,48 +1,57 @@
 """
-An order that nobody listed: A3 (a3.py) with one order for all texts, found by search. It is in
-neither paper.
+An order that nobody listed: A3 (a3.py) with one order for all texts, found by search among all
+L! orders. It is in neither paper.
+
+    python -m experiments.puzzles scrambled
+    python train_char.py --model planned --data data/puzzles/scrambled.txt --text_len 68
 
 A text x of L tokens can be written in L! orders, and every order is a model of its own:
 
     log p(x | order)  =  sum_k  log p(x_{order_k} | x_{order_<k})                               (1)
 
 Which order is the best to learn? LoA3 (loa3.py) chooses between two that are on a menu, by the cost
-of whole texts. LoMDM follows a gradient, which is a few nats in several hundred of noise. But a
-pass of A3 says more than what a text cost. It says what each token cost, given the set of those
-that came before it. So learn from it what a token at position i will cost if the positions in the
-set S have been revealed. This model of costs is made of rules, such as "i costs nothing once j and
-k are there":
+of whole texts. But a pass of A3 says more than what a text costs. It says what each token costs,
+given those that came before it. So learn from that what a token at position i will cost if the
+positions in the set S are revealed, in the mean over texts. The model of these costs consists of
+rules, such as "i costs nothing once j and k are there":
 
-    c_i(S)  =  base_i  prod_h  ( 1 - share_ih exp( - sum_{j not in S} needs_ihj ) )              (2)
+    c_i(S)  =  base_i  prod_h  ( 1 - share_ih exp( - sum_{j not in S, j != i} needs_ihj ) )     (2)
 
-Rule h takes the share_ih off the cost of i. It needs each position j for which needs_ihj is large:
-if one of these is missing, exp(- needs_ihj) of the rule is left. All is positive, so that to see
-more never costs more. The rules are fitted to the costs in training, by least squares.
+If all that rule h needs is in S, the sum is 0, and the cost is multiplied by 1 - share_ih. It needs
+every position j whose needs_ihj is large: without one of these exp() is near 0, and the rule does
+nothing. base, needs >= 0 and 0 <= share <= 1, so that to see more never costs more. The rules are
+fitted to the costs that come up in training, by least squares.
 
-With the rules an order can be judged without reading a single text:
+With the rules, an order can be judged without reading a single text:
 
     C(order)  =  sum_i  c_i( what comes before i )                                              (3)
 
-This is how orders of variables have long been searched in Bayesian networks (Friedman and Koller,
-2003). Here the search goes on beside the training, with 64 orders at once. Take a piece out of an
-order, and put it back where (3) is small. That is, draw its place with a probability in proportion
-to
+Orders of the variables of a Bayesian network have long been found in this way (Teyssier and Koller,
+2005). Here 64 orders change beside the training. In each step of it a piece is taken out of every
+order, and put back where C is small: its slot is drawn with a probability in proportion to
 
-    exp( - C(order) / T )                                                                       (4)
+    exp( - C(order) / T )              with the temperature T in nats of a text                 (4)
 
-At first T is so large that orders stay random, and the network learns what can be told from what,
-whatever is known. Then T falls. Orders in which rules apply become frequent, and the network
-practises them. As there are 64, it cannot get used to a bad one and hold it for good. At the end
-all take the best of the 64, and the last quarter of the training has one order.
+The training has three parts, which are shares of its steps:
 
-At any time this is a model of texts, p(x) = the mean of p(x | order) over the 64 orders. It draws
-one of them evenly, without looking at the text. So the choice of an order costs nothing, and
+    0 to 0.1       the orders are random, as the rules know nothing yet
+    0.1 to 0.75    T falls from 0.15 to 0.05; orders in which rules apply become frequent, and
+                   the network practises them, beside random ones (a quarter, and then fewer)
+    0.75 to 1      after some moves at T = .003, all 64 become the one which is the cheapest by
+                   the rules, and the network practises this one
+
+Why 64? What has been practised is cheap. A single order would soon look better than all others, for
+no other reason. That is less likely to happen to 64 that keep changing.
+
+At any time this is a model of texts. It draws one of the 64 orders, all equally likely, without
+looking at the text. So p(x) is the mean of p(x | order) over them. The choice costs nothing, and
 
     -log p(x)  <=  mean over the 64 orders of  -log p(x | order)                                (5)
 
-is the bound of lomdm.py with order terms of 0. At the end both sides are the same.
+is the bound of lomdm.py with order terms of 0. When all orders are the same, so are both sides.
 
-What it cannot do: all texts have the same order. Where each text has its own, see loa3.py.
+What it cannot do: all texts have the same order. (Where each text has its own, see loa3.py.) And
+texts have to be short: the rules are H L^2 numbers.
 """
 
 import torch
@@ -59,11 +68,11 @@ class Rules(nn.Module):
     """Equation (2), with H rules for each of L positions.
 
     What is alike everywhere in a text, such as that the left neighbour is needed, should not be
-    learned anew for every position. So each number is a sum of two: one of this position, and one
-    that all share, which for needs depends on the distance j - i only.
+    learned anew for every position. So each number is a sum of two: one of its own, and one that is
+    shared by all positions. For needs_ihj the latter depends on the distance j - i.
 
-    Every parameter is the number divided by `scale`, so that it moves 30 times as far as a weight
-    of the network at the same learning rate. Otherwise the rules would lag behind the network."""
+    Every parameter is the number divided by `scale`. So one step of Adam moves the number 30 times
+    as far as a weight of the network, at the same learning rate."""
 
     scale = 30.0
 
@@ -81,8 +90,9 @@ class Rules(nn.Module):
         self.base = nn.Parameter(torch.zeros(L))
         self.base_of_all = nn.Parameter(torch.tensor(1 / self.scale))
 
-    def numbers(self):
-        """needs (L, L, H), share (L, H) and base (L,) of (2)."""
+    def table(self):
+        """The numbers of (2): needs (L, L, H) with needs_ihj at [i, j, h], share (L, H) and base
+        (L,). needs at [i, i] is not used."""
         i = torch.arange(len(self.base), device=self.base.device)
         distance = i - i[:, None] + len(i) - 1  # j - i, counted from 0
         needs = F.softplus(self.scale * (self.needs + self.needs_by_distance[distance]))
@@ -92,21 +102,13 @@ class Rules(nn.Module):
 
     def forward(self, place):
         """c_i (B, L) of (3), in nats, if position i comes as number place[:, i] of (B, L)."""
-        return costs(place, self.numbers())
+        return costs(place, self.table())
 
 
-def costs(place, numbers):
-    """As Rules.forward(), of numbers()."""
-    needs, share, base = numbers
-    return cost(missing(later(place), needs), share, base)
-
-
-def needed(numbers):
-    """How much is j needed by i, in nats, [j, i] of (L, L): what i costs if of all others only j is
-    hidden, less what it costs if nothing is."""
-    needs, share, base = numbers
-    without = cost(needs, share[:, None], base[:, None])  # (i, j)
-    return (without - cost(0 * share, share, base)[:, None]).T
+def costs(place, table):
+    """c_i (B, L) of (3), in nats, by a table of Rules, if i comes as number place[:, i] (B, L)."""
+    needs, share, base = table
+    return by_rules(missing(later(place), needs), share, base)
 
 
 def later(place):
@@ -115,39 +117,47 @@ def later(place):
 
 
 def missing(hidden, needs):
-    """What each rule misses, (B, L, H): the sum in (2), over the j in hidden (B, L, L)."""
+    """What each rule lacks, (B, L, H): the sum in (2), over the j in hidden (B, L, L)."""
     return torch.einsum("bij,ijh->bih", hidden.to(needs.dtype), needs)
 
 
-def cost(missing, share, base):
-    """Equation (2), for what each rule misses (.., H), with share (.., H) and base (..)."""
-    return base * (1 - share * torch.exp(-missing)).prod(-1)
+def by_rules(lacks, share, base):
+    """Equation (2), for what each rule lacks (.., H), with share (.., H) and base (..)."""
+    return base * (1 - share * torch.exp(-lacks)).prod(-1)
+
+
+def needed(table):
+    """Who needs j? At [j, i] of (L, L), in nats: what i costs if of all others only j is hidden,
+    less what it costs if nothing is."""
+    needs, share, base = table
+    without = by_rules(needs, share[:, None], base[:, None])  # (i, j)
+    return (without - by_rules(0 * share, share, base)[:, None]).T
 
 
 # ---- the search --------------------------------------------------------------------------
 
 
-def costs_of_places(order, is_out, numbers):
+def costs_of_slots(order, is_out, table):
     """C (M, 2, L - k + 1) of (3), if a piece of k is taken out of each order (M, L), where is_out
     (M, L), and put back before number p of the rest, for each p: as it is, and reversed.
 
-    All of them cost about as much as one order. The piece is before a position or it is not, so
-    each of the rest has two costs. And what a rule of the piece misses is a sum over those behind
-    it, which is known for all p at once."""
-    needs, share, base = numbers
+    To compute all of them takes hardly longer than for one. The piece comes before a position or
+    after it, so each of the rest has two costs. And what a rule of the piece lacks is a sum over
+    what comes after it, which for all p is one cumulative sum."""
+    needs, share, base = table
     piece, rest = split(order, is_out)
     of_piece = torch.zeros_like(order, dtype=torch.bool).scatter(1, piece, True)  # by position
 
-    # The rest, in its order: if the piece comes before it, and if it does not.
+    # What the rest costs, in its order: after the piece, and before it, where it lacks that, too.
     lacks = missing(later(order.argsort(1)) & ~of_piece[:, None], needs)  # (M, L, H)
     lacks_piece = torch.einsum("mj,ijh->mih", of_piece.to(needs.dtype), needs)
-    behind = cost(lacks, share, base).gather(1, rest)  # (M, L - k)
-    ahead = cost(lacks + lacks_piece, share, base).gather(1, rest)
+    if_after = by_rules(lacks, share, base).gather(1, rest)  # (M, L - k)
+    if_before = by_rules(lacks + lacks_piece, share, base).gather(1, rest)
 
-    # At place p, numbers 0 .. p - 1 are ahead of the piece, and p .. are behind it.
-    others = F.pad(ahead.cumsum(1), (1, 0)) + F.pad(sum_from(behind, 1), (0, 1))
+    # With the piece in slot p, numbers 0 .. p - 1 of the rest are before it, and p .. after it.
+    others = F.pad(if_before.cumsum(1), (1, 0)) + F.pad(sum_from(if_after, 1), (0, 1))
 
-    # The piece lacks what is behind it: of the rest, from number p on, and in the piece itself.
+    # The piece lacks what comes after it: of the rest, from number p on, and in the piece itself.
     rows = piece[:, :, None]
     lacks = F.pad(sum_from(needs[rows, rest[:, None]], 2), (0, 0, 0, 1))  # (M, k, L - k + 1, H)
     within = needs[rows, piece[:, None]]  # (M, k, k, H): one needs another
@@ -156,7 +166,7 @@ def costs_of_places(order, is_out, numbers):
 
     both = []
     for inside in (as_it_is, backwards):
-        own = cost(lacks + inside.sum(2)[:, :, None], share[rows], base[rows])
+        own = by_rules(lacks + inside.sum(2)[:, :, None], share[rows], base[rows])
         both.append(others + own.sum(1))
     return torch.stack(both, 1)
 
@@ -168,23 +178,28 @@ def split(order, is_out):
 
 
 def sum_from(v, dim):
-    """Sums of v from each place to the end of this dimension."""
+    """Sums of v from each index to the end of this dimension."""
     return v.flip(dim).cumsum(dim).flip(dim)
 
 
 def take_out(order, links, generator=None):
-    """Which piece of each order (M, L) to move, as a mask (M, L). It has k positions: half of the
-    time one, and otherwise up to half of all, with an even log of k. They stand in a row in the
-    order. Or they are a thread: a position, one that needs it, one that needs either of them, and
-    so on, which may be written by turns with others. links (L, L): see needed()."""
+    """Which piece of each order (M, L) to move, as a mask (M, L). It has k positions, as many in
+    every order: half of the time one, and otherwise up to half of all, where log k is even.
+
+    There are three kinds of pieces. What stands in a row in the order. What stands in a row in the
+    text: one phrase, which may be written by turns with others. On Shakespeare all orders become
+    several passages written by turns, and no piece of the order would bring one together. And what
+    would be such a passage if the text were scrambled, a thread: a position, one that needs it, one
+    that needs either of them, and so on, by links = needed() (L, L)."""
     M, L = order.shape
     device = order.device
     how = torch.rand(3, generator=generator, device=device).tolist()
     k = int((L // 2 + 1) ** how[0]) if how[1] < 0.5 else 1
-    if how[2] < 0.5:
+    kind = int(3 * how[2])
+    if kind < 2:
         first = torch.randint(L - k + 1, (M, 1), generator=generator, device=device)
-        number = torch.arange(L, device=device)
-        return ((number >= first) & (number < first + k)).expand(M, L)
+        number = order if kind else torch.arange(L, device=device).expand(M, L)
+        return (number >= first) & (number < first + k)
 
     j = torch.randint(L, (M, 1), generator=generator, device=device)
     thread = torch.zeros_like(order, dtype=torch.bool).scatter(1, j, True)  # by position
@@ -197,40 +212,49 @@ def take_out(order, links, generator=None):
 
 
 @torch.no_grad()
-def move(order, numbers, links, T, generator=None):
-    """One step of the search for M orders (M, L), by the numbers() of the rules and links =
-    needed(numbers), at temperature T. A piece of each goes to another place, as it is or reversed,
-    drawn by (4). One more choice is to leave the order as it was. (A thread that was scattered
-    comes back in one piece, which could be worse.)"""
+def move(order, table, links, T, generator=None):
+    """One step of the search for M orders (M, L), by a table of Rules, at temperature T. (links =
+    needed(table), which is the same for many moves.) A piece of each order goes to another slot, as
+    it is or reversed, drawn by (4). One more choice is to leave the order as it was.
+
+    This is a search, and does not draw orders by (4): a thread, once it stands in a row, has no way
+    back."""
     is_out = take_out(order, links, generator)
     piece, rest = split(order, is_out)
-    n = rest.shape[1] + 1  # places
+    n = rest.shape[1] + 1  # slots
 
-    put_back = costs_of_places(order, is_out, numbers).flatten(1)  # (M, 2 n)
-    as_it_was = costs(order.argsort(1), numbers).sum(1, keepdim=True)
+    put_back = costs_of_slots(order, is_out, table).flatten(1)  # (M, 2 n)
+    as_it_was = costs(order.argsort(1), table).sum(1, keepdim=True)
     logits = torch.cat((put_back, as_it_was), 1) / -T
     choice = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (M, 1)
+    return torch.where(choice == 2 * n, order, put(piece, rest, choice))
 
-    # Number r of the rest gets the key r, and the piece keys between p - 1 and p.
-    p = choice % n
+
+def put(piece, rest, choice):
+    """The pieces (M, k) in the rest (M, n - 1), where choice (M, 1) says: below n it is the slot,
+    and then the slot of a reversed piece. In slot 1, x y and a b c become a x y b c, by sorting the
+    keys 0.33 and 0.67 of x and y among the keys 0, 1, 2 of a, b, c."""
+    n = rest.shape[1] + 1
     piece = torch.where(choice >= n, piece.flip(1), piece)
-    fractions = torch.linspace(-1, 0, piece.shape[1] + 2, device=order.device)[1:-1]
-    keys = torch.cat((torch.arange(n - 1.0, device=order.device).expand_as(rest), p + fractions), 1)
-    moved = torch.cat((rest, piece), 1).gather(1, keys.argsort(1))
-    return torch.where(choice == 2 * n, order, moved)
+    between = torch.linspace(-1, 0, piece.shape[1] + 2, device=rest.device)[1:-1]
+    number = torch.arange(n - 1, device=rest.device).expand_as(rest)
+    keys = torch.cat((number, choice % n + between), 1)
+    return torch.cat((rest, piece), 1).gather(1, keys.argsort(1))
 
 
 # ---- the model ---------------------------------------------------------------------------
 
 
 class Planned(a3.A3):
-    """An A3 with one order, which it finds in training. All that an A3 can do, it can do, too."""
+    """An A3 with one order, which it finds in training. It can do what an A3 can, but is trained
+    on whole windows and in groups of one token."""
 
     M = 64  # orders at once
-    moves = 3  # of each, in a step of training
+    moves = 4  # of each, in a step of training
+    last_moves = 300
     random_share = 0.25  # of the texts are in random order at first, and fewer as T falls
     begin, end = 0.1, 0.75  # T falls between these shares of the training
-    hot, cold, frozen = 0.15, 0.05, 0.003  # T in nats, at the beginning, at the end, and then
+    hot, cold, frozen = 0.15, 0.05, 0.003  # T at first, at the end, and in the last moves
 
     def __init__(self, config):
         super().__init__(config)
@@ -238,52 +262,55 @@ class Planned(a3.A3):
         orders = torch.rand(self.M, config.seq_len).argsort(1)
         self.register_buffer("orders", orders)  # (M, seq_len): what comes first, second, ..
 
+    def fallen(self, progress):
+        """How much of its way T has gone, from 0 to 1, at this share of the training."""
+        return min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+
     def temperature(self, progress):
-        """T at this share of the training, and how far it has fallen, from 0 to 1. It falls from
-        `hot` to `cold` by equal factors."""
-        fallen = (progress - self.begin) / (self.end - self.begin)
-        fallen = min(max(fallen, 0.0), 1.0)
-        return self.hot * (self.cold / self.hot) ** fallen, fallen
+        """T at this share of the training. It falls from `hot` to `cold` by equal factors."""
+        return self.hot * (self.cold / self.hot) ** self.fallen(progress)
 
-    def training_groups(self, B, progress, seed):
-        """Groups (B, seq_len) of one token each, to train on at this share of the training,
-        between 0 and 1. It moves the orders. seed: of this step, the same for all processes."""
-        device = self.orders.device
-        generator = torch.Generator(device).manual_seed(seed)
-        T, fallen = self.temperature(progress)
-        if fallen < 1:
-            self.search(T, self.moves, generator)
+    def plan(self, progress, seed):
+        """Move the orders, in each step of training, at this share of it. seed: of this step, the
+        same for all processes, so that they have the same orders."""
+        generator = torch.Generator(self.orders.device).manual_seed(seed)
+        if self.fallen(progress) < 1:
+            self.search(self.temperature(progress), self.moves, generator)
         elif not (self.orders == self.orders[0]).all():
-            self.search(self.frozen, 300, generator)
+            self.search(self.frozen, self.last_moves, generator)
             self.orders[:] = self.best_order()
-
-        # Which order has which text is not the same for all processes.
-        chosen = torch.randint(len(self.orders), (B,), device=device)
-        place = self.orders[chosen].argsort(1)
-        random = a3.random_groups(*place.shape, device=device)
-        is_random = torch.rand(B, 1, device=device) < self.random_share * (1 - fallen)
-        return torch.where(is_random, random, place)
 
     @torch.no_grad()
     def search(self, T, n, generator=None):
         """n moves of all orders, at temperature T."""
-        numbers = self.rules.numbers()
-        links = needed(numbers)
+        table = self.rules.table()
+        links = needed(table)
         for _ in range(n):
-            self.orders[:] = move(self.orders, numbers, links, T, generator)
+            self.orders[:] = move(self.orders, table, links, T, generator)
 
     @torch.no_grad()
     def best_order(self):
         """The order (seq_len,) that the rules find the cheapest."""
         return self.orders[self.rules(self.orders.argsort(1)).sum(1).argmin()]
 
-    def loss(self, x, groups=None, single=True):
-        """What training minimises for x (B, L) in groups of one token each, by default in random
-        order: A3's loss in nats per token, and beside it the squared error of (2). The network
-        gets no gradient from the rules, nor the rules from it."""
+    def training_groups(self, B, progress):
+        """Groups (B, seq_len) of one token each for B texts, at this share of the training: one of
+        the orders for each, or a random one."""
+        device = self.orders.device
+        place = self.orders[torch.randint(len(self.orders), (B,), device=device)].argsort(1)
+        random = a3.random_groups(*place.shape, device=device)
+        share = self.random_share * (1 - self.fallen(progress))
+        return torch.where(torch.rand(B, 1, device=device) < share, random, place)
+
+    def loss(self, x, groups=None):
+        """What training minimises for x (B, seq_len), in groups of one token each, by default in
+        random order: A3's loss in nats per token, and beside it the squared error of (2). The
+        network gets no gradient from the rules, nor the rules from it."""
         self.check(x, groups)
+        L = self.config.seq_len
+        need(x.shape[1] == L, f"a planned order is for all {L} tokens of a window")
         groups = a3.random_groups(*x.shape, device=x.device) if groups is None else groups
-        token_nll = -self.log_prob(x, groups, single)
+        token_nll = -self.log_prob(x, groups, single=True)
         with torch.autocast(x.device.type, enabled=False):
             error = (self.rules(groups) - token_nll.detach()).square().mean()
         nelbo = token_nll.mean()
@@ -335,11 +362,13 @@ class Planned(a3.A3):
         return torch.where(is_open, (place - n_given) // per_step, place - L)
 
     def load_arm(self, state_dict):
-        """As A3.load_arm(). The rules and the orders stay as they are."""
+        """As A3.load_arm(). The rules and the orders stay as they are: A3 refuses missing names, so
+        it gets ours back."""
         mine = {k: v for k, v in self.state_dict().items() if k.startswith(("rules.", "orders"))}
         super().load_arm({**state_dict, **mine})
 
     def parameter_groups(self):
-        """What an optimiser should know about the rules: no weight decay; they learn from the first
-        step on; and are not clipped with the network, whose gradients would become smaller."""
+        """What an optimiser should know about the rules. There is no weight decay. starts_after:
+        train_step() of train_char.py trains them from this share of the steps on, and leaves groups
+        that have it out of the clipping, as the network's gradients would become smaller."""
         return [{"params": list(self.rules.parameters()), "weight_decay": 0.0, "starts_after": 0.0}]

@@ -64,6 +64,7 @@ def found(runs, a):
             places = puzzles.scrambling(0)
         else:
             need_films(run)
+            need(run.val.shape[1] == puzzles.PLACES.size, "found is for films of one direction")
             places = puzzles.PLACES.ravel()
 
         # Back to where the cells were before they were scrambled: (N, L), and then by time.
@@ -88,8 +89,8 @@ def found(runs, a):
 def after_parents(film):
     """How many cells (n,) of log-weights film (n, ROWS, cells), in time, come after all three that
     they follow from."""
-    first = torch.stack([film[:, :-1].roll(k, 2) for k in (1, 0, -1)]).amin(0)
-    return (film[:, 1:] < first).double().sum((1, 2))
+    last_parent = torch.stack([film[:, :-1].roll(k, 2) for k in (1, 0, -1)]).amin(0)
+    return (film[:, 1:] < last_parent).double().sum((1, 2))
 
 
 def films(runs, a):

@@ -38,11 +38,11 @@ TIMES = "seconds", "tokens_per_second"
 
 
 def kinds():
-    """The flags of all runs in table.py, but smaller, once each, without those for a GPU and those
-    that start from a LLaMA."""
+    """The flags of all runs in table.py, but smaller, once each, without those for a GPU, those
+    that start from a LLaMA, and those on puzzles, which differ from others only in the text."""
     found = {}
     for item in table.items():
-        if item.is_run and not {"cuda", table.SMOL} & set(item.argv):
+        if item.is_run and not {"cuda", table.SMOL, "--text_len"} & set(item.argv):
             found[tuple(sorted(small(item).items()))] = None
     return [dict(flags) for flags in found]
 

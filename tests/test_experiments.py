@@ -172,6 +172,16 @@ def test_kendall_by_hand():
     assert tau.tolist() == pytest.approx([1, -1, 4 / 6])
 
 
+def test_cells_after_their_parents():
+    """In order of time all 48 come after the three that they follow from. If one of the first
+    moment comes last, its three children do not. Backwards none does."""
+    time = torch.arange(64.0).view(1, 4, 16).neg()
+    late = time.clone()
+    late[0, 0, 0] = -100
+    film = torch.cat((time, late, -time))
+    assert films.after_parents(film).tolist() == [48, 45, 0]
+
+
 def test_operations_are_those_of_the_formula(capsys):
     """6 FLOP a token for each weight of a matrix product, and attention."""
     bench.main(["--device", "cpu", "--what", "count", "--models", "mdm"])
