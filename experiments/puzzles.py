@@ -125,7 +125,7 @@ PUZZLES = {  # (what makes them, the least cost of a text in nats)
 }
 
 
-def main(argv=None):
+def parse(argv):
     p = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("puzzles", nargs="*", help=f"of {', '.join(PUZZLES)} [all]")
     p.add_argument("--to", default="data/puzzles", help="the folder to write to [data/puzzles]")
@@ -137,6 +137,11 @@ def main(argv=None):
 
     for name in a.puzzles:
         need(name in PUZZLES, f"{name} is not one of {', '.join(PUZZLES)}")
+    return a
+
+
+def main(argv=None):
+    a = parse(argv)
     Path(a.to).mkdir(parents=True, exist_ok=True)
     for name in a.puzzles or PUZZLES:
         make, least = PUZZLES[name]

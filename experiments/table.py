@@ -132,7 +132,6 @@ MEASURE = {
     "films_long": f"evidence films {of('film_long_lomdm_exp film_long_loa3')}",
     "found": f"evidence found {of('film_long_planned', THREE)} --svg {PICTURES}/found.svg",
     "scrambled": f"evidence found {of('scrambled_planned', THREE)} --svg {PICTURES}/scrambled.svg",
-    "planned": f"evidence passage {of('planned', THREE)} --windows 4",
     "bounds": f"evidence bounds {of('lomdm lomdm_exp lomdm_frozen mdm')}",
     "order": f"evidence order {of('lomdm lomdm_exp loa3')} --svg {PICTURES}/order.svg",
     "passage": f"evidence passage {of('lomdm_exp')} --svg {PICTURES}/passage.svg",

@@ -14,7 +14,7 @@ import lomdm
 import sample
 import train_char
 from beyond import playground
-from experiments import bench, evidence, harness, report, run_all, speed, tasks
+from experiments import bench, evidence, harness, puzzles, report, run_all, speed, tasks
 from plumbing import cli
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,7 @@ PARSE = {  # as a command calls it: file, parser
     "experiments.bench": ("experiments/bench.py", parser_of(bench.Settings)),
     "experiments.evidence": ("experiments/evidence.py", evidence.parse),
     "experiments.harness": ("experiments/harness.py", harness.parse),
+    "experiments.puzzles": ("experiments/puzzles.py", puzzles.parse),
     "experiments.report": ("experiments/report.py", report.parse),
     "experiments.run_all": ("experiments/run_all.py", run_all.parse),
     "experiments.speed": ("experiments/speed.py", speed.parse),
