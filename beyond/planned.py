@@ -54,6 +54,8 @@ What it cannot do: all texts have the same order. (Where each text has its own, 
 texts have to be short: the rules are H L^2 numbers.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -215,7 +217,9 @@ def take_out(order, links, generator=None):
 def move(order, table, links, T, generator=None):
     """One step of the search for M orders (M, L), by a table of Rules, at temperature T. (links =
     needed(table), which is the same for many moves.) A piece of each order goes to another slot, as
-    it is or reversed, drawn by (4). One more choice is to leave the order as it was.
+    it is or reversed, drawn by (4). One more choice is to leave the order as it was, which counts
+    2 n times, as much as all n slots in both directions. Otherwise a phrase that is of no use would
+    be brought together just because there are many slots for it.
 
     This is a search, and does not draw orders by (4): a thread, once it stands in a row, has no way
     back."""
@@ -225,7 +229,7 @@ def move(order, table, links, T, generator=None):
 
     put_back = costs_of_slots(order, is_out, table).flatten(1)  # (M, 2 n)
     as_it_was = costs(order.argsort(1), table).sum(1, keepdim=True)
-    logits = torch.cat((put_back, as_it_was), 1) / -T
+    logits = torch.cat((-put_back / T, -as_it_was / T + math.log(2 * n)), 1)
     choice = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (M, 1)
     return torch.where(choice == 2 * n, order, put(piece, rest, choice))
 

@@ -131,12 +131,12 @@ def test_a_piece_is_put_into_its_slot():
 
 def test_a_move_draws_its_choice_by_what_it_costs(monkeypatch):
     """With position 0 taken out of the order 1 0 2, there are three slots, each twice, as a piece
-    of one has no direction, and the order as it was."""
+    of one has no direction, and the order as it was, which counts six times."""
     rules = random_rules(3)
     order = torch.tensor([[1, 0, 2]])
     monkeypatch.setattr(planned, "take_out", lambda order, *_: order == 0)
     choices = torch.tensor([[0, 1, 2], [1, 0, 2], [1, 2, 0]])
-    weight = (-rules(choices.argsort(1)).sum(1) / 0.7).exp() * torch.tensor([2, 3, 2])
+    weight = (-rules(choices.argsort(1)).sum(1) / 0.7).exp() * torch.tensor([2, 8, 2])
 
     table = rules.table()
     found = move(order.expand(20_000, 3), table, needed(table), 0.7, seeded(0))
