@@ -54,8 +54,6 @@ What it cannot do: all texts have the same order. (Where each text has its own, 
 texts have to be short: the rules are H L^2 numbers.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -185,22 +183,20 @@ def sum_from(v, dim):
 
 
 def take_out(order, links, generator=None):
-    """Which piece of each order (M, L) to move, as a mask (M, L). It has k positions, as many in
-    every order: half of the time one, and otherwise up to half of all, where log k is even.
+    """Which piece of each order (M, L) to move, as a mask (M, L).
 
-    There are three kinds of pieces. What stands in a row in the order. What stands in a row in the
-    text: one phrase, which may be written by turns with others. On Shakespeare all orders become
-    several passages written by turns, and no piece of the order would bring one together. And what
-    would be such a passage if the text were scrambled, a thread: a position, one that needs it, one
-    that needs either of them, and so on, by links = needed() (L, L)."""
+    It has k positions, as many in every order: half of the time one, and otherwise up to half of
+    all, where log k is even. They stand in a row in the order. Or they are a thread: a position,
+    one that needs it, one that needs either of them, and so on, by links = needed() (L, L). A
+    thread may be written by turns with others. On Shakespeare that is what happens first, to whole
+    passages, and no piece of the order would bring one together."""
     M, L = order.shape
     device = order.device
     how = torch.rand(3, generator=generator, device=device).tolist()
     k = int((L // 2 + 1) ** how[0]) if how[1] < 0.5 else 1
-    kind = int(3 * how[2])
-    if kind < 2:
+    if how[2] < 0.5:
         first = torch.randint(L - k + 1, (M, 1), generator=generator, device=device)
-        number = order if kind else torch.arange(L, device=device).expand(M, L)
+        number = torch.arange(L, device=device).expand(M, L)
         return (number >= first) & (number < first + k)
 
     j = torch.randint(L, (M, 1), generator=generator, device=device)
@@ -217,9 +213,7 @@ def take_out(order, links, generator=None):
 def move(order, table, links, T, generator=None):
     """One step of the search for M orders (M, L), by a table of Rules, at temperature T. (links =
     needed(table), which is the same for many moves.) A piece of each order goes to another slot, as
-    it is or reversed, drawn by (4). One more choice is to leave the order as it was, which counts
-    2 n times, as much as all n slots in both directions. Otherwise a phrase that is of no use would
-    be brought together just because there are many slots for it.
+    it is or reversed, drawn by (4). One more choice is to leave the order as it was.
 
     This is a search, and does not draw orders by (4): a thread, once it stands in a row, has no way
     back."""
@@ -229,7 +223,7 @@ def move(order, table, links, T, generator=None):
 
     put_back = costs_of_slots(order, is_out, table).flatten(1)  # (M, 2 n)
     as_it_was = costs(order.argsort(1), table).sum(1, keepdim=True)
-    logits = torch.cat((-put_back / T, -as_it_was / T + math.log(2 * n)), 1)
+    logits = torch.cat((put_back, as_it_was), 1) / -T
     choice = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (M, 1)
     return torch.where(choice == 2 * n, order, put(piece, rest, choice))
 
@@ -254,7 +248,7 @@ class Planned(a3.A3):
     on whole windows and in groups of one token."""
 
     M = 64  # orders at once
-    moves = 4  # of each, in a step of training
+    moves = 3  # of each, in a step of training
     last_moves = 2000  # in a search of its own, when T has fallen
     random_share = 0.25  # of the texts are in random order at first, and fewer as T falls
     begin, end = 0.1, 0.75  # T falls between these shares of the training
