@@ -29,7 +29,7 @@ from test_train import (
     BASE,
     QUIET,
     ROOT,
-    SIX,
+    SEVEN,
     TINY,
     checkpoint,
     figures,
@@ -491,7 +491,7 @@ def wait_for(condition, run):
 QUICK = {("lomdm", signal.SIGTERM), ("loa3", signal.SIGKILL)}
 FROM_OUTSIDE = [
     pytest.param(model, number, marks=[] if (model, number) in QUICK else pytest.mark.slow)
-    for model in SIX
+    for model in SEVEN
     for number in (signal.SIGTERM, signal.SIGKILL)
 ]
 
