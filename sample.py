@@ -47,7 +47,7 @@ class Settings:
     top_k: int | None = flag(None, "draw among the k likeliest tokens only", least=1)
     top_p: float | None = flag(None, "or among the fewest of this probability", least=1e-9)
     per_step: int = flag(1, "tokens a call; more is faster but coarser", least=1)
-    drafts: int = flag(1, "a3, loa3: tokens drafted a call, try 2 to 8", least=1, below=65)
+    drafts: int = flag(1, "two streams: tokens drafted a call, try 2 to 8", least=1, below=65)
     by: str | None = flag(None, "which tokens come next [a3: left, others: order]", RULES)
     show: str = flag("text", "or its order", ("text", "order"))
     html: str | None = flag(None, "write a page that plays how the samples came about")
@@ -97,7 +97,7 @@ def check_model(s, model, name, n):
         need(s.length > n, f"--length {s.length}: the prompt has {n} tokens already")
 
     is_a3 = isinstance(model, a3.A3)
-    need(s.drafts == 1 or is_a3, f"--drafts is for a3 and loa3, not {name}")
+    need(s.drafts == 1 or is_a3, f"--drafts is for models on two streams, such as a3, not {name}")
     alone = s.drafts == 1 or (s.per_step == 1 and s.by in (None, "left", "order"))
     need(alone, "--drafts: with --per_step 1, by left or order")
     has_order = hasattr(model, "draw_groups") or not is_a3

@@ -382,6 +382,7 @@ def loss_arguments(s, step, x, model=None):
 def train_step(s, step, model, loss_of, optimizers, text, device, mark=None):
     """One step of training. Returns its metrics, {name: number on the device}. They stay
     there, because the CPU would have to wait for the GPU to read a number."""
+    # A planned order is searched for between the steps of the network.
     if s.model == "planned":
         model.plan(step / s.max_iters, step)
 

@@ -1,57 +1,64 @@
 """
-An order that nobody listed: A3 (a3.py) with one order for all texts, found by search among all
-L! orders. It is in neither paper.
+An order that nobody listed: A3 (a3.py) with one order for all texts, found by search among
+all L! orders. It is in neither paper.
 
     python -m experiments.puzzles scrambled
     python train_char.py --model planned --data data/puzzles/scrambled.txt --text_len 68
 
 A text x of L tokens can be written in L! orders, and every order is a model of its own:
 
-    log p(x | order)  =  sum_k  log p(x_{order_k} | x_{order_<k})                               (1)
+    log p(x | order)  =  sum_k  log p(x_{order_k} | x_{order_<k})                           (1)
 
-Which order is the best to learn? LoA3 (loa3.py) chooses between two that are on a menu, by the cost
-of whole texts. But a pass of A3 says more than what a text costs. It says what each token costs,
-given those that came before it. So learn from that what a token at position i will cost if the
-positions in the set S are revealed, in the mean over texts. The model of these costs consists of
-rules, such as "i costs nothing once j and k are there":
+Which order is the best to learn? LoA3 (loa3.py) chooses between two that are on a menu, by
+the cost of whole texts. But a pass of A3 says more than what a text costs. It says what each
+token costs, given those that came before it. So learn from that what a token at position i
+will cost if the positions in the set S are revealed, in the mean over texts. The model of
+these costs consists of rules, such as "i costs nothing once j and k are there":
 
-    c_i(S)  =  base_i  prod_h  ( 1 - share_ih exp( - sum_{j not in S, j != i} needs_ihj ) )     (2)
+    c_i(S)  =  base_i  prod_h  ( 1 - share_ih exp( - sum_{j not in S, j != i} needs_ihj ) ) (2)
 
-If all that rule h needs is in S, the sum is 0, and the cost is multiplied by 1 - share_ih. It needs
-every position j whose needs_ihj is large: without one of these exp() is near 0, and the rule does
-nothing. base, needs >= 0 and 0 <= share <= 1, so that to see more never costs more. The rules are
-fitted to the costs that come up in training, by least squares.
+If all that rule h needs is in S, the sum is 0, and the cost is multiplied by 1 - share_ih. It
+needs every position j whose needs_ihj is large: without one of these exp() is near 0, and the
+rule does nothing. base, needs >= 0 and 0 <= share <= 1, so that to see more never costs more.
+The rules are fitted to the costs that come up in training, by least squares.
 
-With the rules, an order can be judged without reading a single text:
+With the rules an order can be judged without reading a single text:
 
-    C(order)  =  sum_i  c_i( what comes before i )                                              (3)
+    C(order)  =  sum_i  c_i( what comes before i )                                          (3)
 
-Orders of the variables of a Bayesian network have long been found in this way (Teyssier and Koller,
-2005). Here 64 orders change beside the training. In each step of it a piece is taken out of every
-order, and put back where C is small: its slot is drawn with a probability in proportion to
+This is how the order of the variables of a Bayesian network is found, too (Teyssier and
+Koller, 2005). Here 64 orders change during the training. Three times in each step of it a
+piece is taken out of every order and put back where C is small. Its slot is drawn with a
+probability in proportion to
 
-    exp( - C(order) / T )              with the temperature T in nats of a text                 (4)
+    exp( - C(order) / T )              with the temperature T in nats of a text             (4)
 
 The training has three parts, which are shares of its steps:
 
     0 to 0.1       the orders are random, as the rules know nothing yet
     0.1 to 0.75    T falls from 0.15 to 0.05; orders in which rules apply become frequent, and
                    the network practises them, beside random ones (a quarter, and then fewer)
-    0.75 to 1      after one more search, of 2,000 moves from T = 0.15 down to 0.003, all 64 become
-                   the one that is the cheapest by the rules, and the network practises it
+    0.75 to 1      after one more search, of 2,000 moves from T = 0.15 down to 0.003, all 64
+                   become the one that the rules find cheapest, and the network practises it
 
-Why 64? What has been practised is cheap. A single order would soon look better than all others, for
-no other reason. That is less likely to happen to 64 that keep changing.
+Why 64? What has been practised is cheap. A single order would soon look better than all
+others, for no other reason. That is less likely to happen to 64 that keep changing.
 
-At any time this is a model of texts. It draws one of the 64 orders, all equally likely, without
-looking at the text. So p(x) is the mean of p(x | order) over them. The choice costs nothing, and
+At any time this is a model of texts. It draws one of the 64 orders, all equally likely,
+without looking at the text. So p(x) is the mean of p(x | order) over them. The choice costs
+nothing, and
 
-    -log p(x)  <=  mean over the 64 orders of  -log p(x | order)                                (5)
+    -log p(x)  <=  mean over the 64 orders of  -log p(x | order)                            (5)
 
-is the bound of lomdm.py with order terms of 0. When all orders are the same, so are both sides.
+is the bound of lomdm.py with order terms of 0. When all orders are the same, so are both
+sides.
 
-What it cannot do: all texts have the same order. (Where each text has its own, see loa3.py.) And
-texts have to be short: the rules are H L^2 numbers.
+After 3,000 steps on scrambled films, two runs of an earlier form, without the last search,
+had found orders whose texts cost the least that is possible. One of today's form was 0.45 nats
+above it, and an ARM 1.92 (experiments/TRIED.md).
+
+What it cannot do: all texts have the same order. (Where each text has its own, see loa3.py.)
+And texts have to be short: the rules are H L^2 numbers.
 """
 
 import torch
@@ -67,12 +74,14 @@ from a3 import need
 class Rules(nn.Module):
     """Equation (2), with H rules for each of L positions.
 
-    What is alike everywhere in a text, such as that the left neighbour is needed, should not be
-    learned anew for every position. So each number is a sum of two: one of its own, and one that is
-    shared by all positions. For needs_ihj the latter depends on the distance j - i.
+    What is alike everywhere in a text, such as that the left neighbour is needed, should not
+    be learned anew for every position. So each number is a sum of two: one of its own, and
+    one that is shared by all positions. For needs_ihj the latter depends on the distance j -
+    i.
 
-    Every parameter is the number divided by `scale`. So one step of Adam moves the number 30 times
-    as far as a weight of the network, at the same learning rate."""
+    Every parameter is the number divided by `scale`. So one step of Adam moves the number 30
+    times as far as a weight of the network, at the same learning rate. base ends at 0 for a
+    character that is always the same, and may stay there."""
 
     scale = 30.0
 
@@ -91,8 +100,8 @@ class Rules(nn.Module):
         self.base_of_all = nn.Parameter(torch.tensor(1 / self.scale))
 
     def table(self):
-        """The numbers of (2): needs (L, L, H) with needs_ihj at [i, j, h], share (L, H) and base
-        (L,). needs at [i, i] is not used."""
+        """The numbers of (2): needs (L, L, H) with needs_ihj at [i, j, h], share (L, H) and
+        base (L,). needs at [i, i] is not used."""
         i = torch.arange(len(self.base), device=self.base.device)
         distance = i - i[:, None] + len(i) - 1  # j - i, counted from 0
         needs = F.softplus(self.scale * (self.needs + self.needs_by_distance[distance]))
@@ -106,7 +115,8 @@ class Rules(nn.Module):
 
 
 def costs(place, table):
-    """c_i (B, L) of (3), in nats, by a table of Rules, if i comes as number place[:, i] (B, L)."""
+    """c_i (B, L) of (3), in nats, by a table of Rules, if i comes as number place[:, i] (B,
+    L)."""
     needs, share, base = table
     return by_rules(missing(later(place), needs), share, base)
 
@@ -127,8 +137,8 @@ def by_rules(lacks, share, base):
 
 
 def needed(table):
-    """Who needs j? At [j, i] of (L, L), in nats: what i costs if of all others only j is hidden,
-    less what it costs if nothing is."""
+    """Who needs j? At [j, i] of (L, L), in nats: what i costs if of all others only j is
+    hidden, less what it costs if nothing is."""
     needs, share, base = table
     without = by_rules(needs, share[:, None], base[:, None])  # (i, j)
     return (without - by_rules(0 * share, share, base)[:, None]).T
@@ -138,35 +148,37 @@ def needed(table):
 
 
 def costs_of_slots(order, is_out, table):
-    """C (M, 2, L - k + 1) of (3), if a piece of k is taken out of each order (M, L), where is_out
-    (M, L), and put back before number p of the rest, for each p: as it is, and reversed.
+    """C (M, 2, L - k + 1) of (3), if a piece of k is taken out of each order (M, L), where
+    is_out (M, L), and put back before number p of the rest, for each p: as it is, and
+    reversed.
 
-    To compute all of them takes hardly longer than for one. The piece comes before a position or
-    after it, so each of the rest has two costs. And what a rule of the piece lacks is a sum over
-    what comes after it, which for all p is one cumulative sum."""
+    To compute all of them takes hardly longer than for one. The piece comes before a position
+    or after it, so each of the rest has two costs. And what a rule of the piece lacks is a
+    sum over what comes after it, which for all p is one cumulative sum."""
     needs, share, base = table
     piece, rest = split(order, is_out)
     of_piece = torch.zeros_like(order, dtype=torch.bool).scatter(1, piece, True)  # by position
 
-    # What the rest costs, in its order: after the piece, and before it, where it lacks that, too.
+    # What the rest costs, in its order: after the piece, and before it, where it lacks that.
     lacks = missing(later(order.argsort(1)) & ~of_piece[:, None], needs)  # (M, L, H)
     lacks_piece = torch.einsum("mj,ijh->mih", of_piece.to(needs.dtype), needs)
     if_after = by_rules(lacks, share, base).gather(1, rest)  # (M, L - k)
     if_before = by_rules(lacks + lacks_piece, share, base).gather(1, rest)
 
-    # With the piece in slot p, numbers 0 .. p - 1 of the rest are before it, and p .. after it.
+    # With the piece in slot p, numbers 0 .. p - 1 of the rest are before it, and p .. after.
     others = F.pad(if_before.cumsum(1), (1, 0)) + F.pad(sum_from(if_after, 1), (0, 1))
 
-    # The piece lacks what comes after it: of the rest, from number p on, and in the piece itself.
+    # The piece lacks what comes after it: of the rest, from number p on, and in itself.
     rows = piece[:, :, None]
-    lacks = F.pad(sum_from(needs[rows, rest[:, None]], 2), (0, 0, 0, 1))  # (M, k, L - k + 1, H)
+    from_p = sum_from(needs[rows, rest[:, None]], 2)  # (M, k, L - k, H)
+    lacks = F.pad(from_p, (0, 0, 0, 1))  # and nothing of the rest in the last slot
     within = needs[rows, piece[:, None]]  # (M, k, k, H): one needs another
-    as_it_is = within * torch.ones_like(within[0, :, :, 0]).triu(1)[:, :, None]
-    backwards = within * torch.ones_like(within[0, :, :, 0]).tril(-1)[:, :, None]
+    comes_later = torch.ones_like(within[0, :, :, 0]).triu(1)  # (k, k): in the piece as it is
 
     both = []
-    for inside in (as_it_is, backwards):
-        own = by_rules(lacks + inside.sum(2)[:, :, None], share[rows], base[rows])
+    for hidden in (comes_later, comes_later.T):
+        inside = (within * hidden[:, :, None]).sum(2)  # (M, k, H)
+        own = by_rules(lacks + inside[:, :, None], share[rows], base[rows])
         both.append(others + own.sum(1))
     return torch.stack(both, 1)
 
@@ -185,11 +197,11 @@ def sum_from(v, dim):
 def take_out(order, links, generator=None):
     """Which piece of each order (M, L) to move, as a mask (M, L).
 
-    It has k positions, as many in every order: half of the time one, and otherwise up to half of
-    all, where log k is even. They stand in a row in the order. Or they are a thread: a position,
-    one that needs it, one that needs either of them, and so on, by links = needed() (L, L). A
-    thread may be written by turns with others. On Shakespeare that is what happens first, to whole
-    passages, and no piece of the order would bring one together."""
+    It has k positions, as many in every order: half of the time one, and otherwise up to half
+    of all, where log k is even. They stand in a row in the order. Or they are a thread: a
+    position, one that needs it, one that needs either of them, and so on, by links = needed()
+    (L, L). A thread may be written by turns with others. On Shakespeare that is what happens
+    first, to whole passages, and no piece of the order would bring one together."""
     M, L = order.shape
     device = order.device
     how = torch.rand(3, generator=generator, device=device).tolist()
@@ -211,12 +223,13 @@ def take_out(order, links, generator=None):
 
 @torch.no_grad()
 def move(order, table, links, T, generator=None):
-    """One step of the search for M orders (M, L), by a table of Rules, at temperature T. (links =
-    needed(table), which is the same for many moves.) A piece of each order goes to another slot, as
-    it is or reversed, drawn by (4). One more choice is to leave the order as it was.
+    """One step of the search for M orders (M, L), by a table of Rules, at temperature T.
+    (links = needed(table), which is the same for many moves.) A piece of each order goes to
+    another slot, as it is or reversed, drawn by (4). One more choice is to leave the order as
+    it was.
 
-    This is a search, and does not draw orders by (4): a thread, once it stands in a row, has no way
-    back."""
+    This is a search, and does not draw orders by (4): a thread, once it stands in a row, has
+    no way back."""
     is_out = take_out(order, links, generator)
     piece, rest = split(order, is_out)
     n = rest.shape[1] + 1  # slots
@@ -229,9 +242,9 @@ def move(order, table, links, T, generator=None):
 
 
 def put(piece, rest, choice):
-    """The pieces (M, k) in the rest (M, n - 1), where choice (M, 1) says: below n it is the slot,
-    and then the slot of a reversed piece. In slot 1, x y and a b c become a x y b c, by sorting the
-    keys 0.33 and 0.67 of x and y among the keys 0, 1, 2 of a, b, c."""
+    """The pieces (M, k) in the rest (M, n - 1), where choice (M, 1) says: below n it is the
+    slot, and then the slot of a reversed piece. In slot 1, x y and a b c become a x y b c, by
+    sorting the keys 0.33 and 0.67 of x and y among the keys 0, 1, 2 of a, b, c."""
     n = rest.shape[1] + 1
     piece = torch.where(choice >= n, piece.flip(1), piece)
     between = torch.linspace(-1, 0, piece.shape[1] + 2, device=rest.device)[1:-1]
@@ -244,8 +257,8 @@ def put(piece, rest, choice):
 
 
 class Planned(a3.A3):
-    """An A3 with one order, which it finds in training. It can do what an A3 can, but is trained
-    on whole windows and in groups of one token."""
+    """An A3 with one order, which it finds in training. It can do what an A3 can, but is
+    trained on whole windows and in groups of one token."""
 
     M = 64  # orders at once
     moves = 3  # of each, in a step of training
@@ -269,18 +282,21 @@ class Planned(a3.A3):
         return self.hot * (self.cold / self.hot) ** self.fallen(progress)
 
     def plan(self, progress, seed):
-        """Move the orders, in each step of training, at this share of it. seed: of this step, the
-        same for all processes, so that they have the same orders."""
+        """Move the orders, once in each step of training, at this share of it. seed: of this
+        step, the same for all processes, so that they have the same orders."""
         generator = torch.Generator(self.orders.device).manual_seed(seed)
         if self.fallen(progress) < 1:
             self.search([self.temperature(progress)] * self.moves, generator)
-
-        # One more search, by the rules as they are now. It begins as hot as the first one, so that
-        # nothing stays which was chosen when the rules were not yet known.
         elif not (self.orders == self.orders[0]).all():
-            steps = torch.linspace(0, 1, self.last_moves).tolist()
-            self.search([self.hot * (self.frozen / self.hot) ** t for t in steps], generator)
-            self.orders[:] = self.best_order()
+            self.settle(generator)
+
+    def settle(self, generator=None):
+        """One more search, by the rules as they are now, and all take the best order. It
+        begins as hot as the first search, so that nothing stays which was chosen when the
+        rules were not yet known."""
+        steps = torch.linspace(0, 1, self.last_moves).tolist()
+        self.search([self.hot * (self.frozen / self.hot) ** t for t in steps], generator)
+        self.orders[:] = self.best_order()
 
     @torch.no_grad()
     def search(self, temperatures, generator=None):
@@ -296,32 +312,34 @@ class Planned(a3.A3):
         return self.orders[self.rules(self.orders.argsort(1)).sum(1).argmin()]
 
     def training_groups(self, B, progress):
-        """Groups (B, seq_len) of one token each for B texts, at this share of the training: one of
-        the orders for each, or a random one."""
-        device = self.orders.device
-        place = self.orders[torch.randint(len(self.orders), (B,), device=device)].argsort(1)
-        random = a3.random_groups(*place.shape, device=device)
+        """Groups (B, seq_len) of one token each for B texts, at this share of the training:
+        one of the orders for each, or a random one."""
+        place = self.draw_places(B, self.config.seq_len)
+        random = a3.random_groups(*place.shape, device=place.device)
         share = self.random_share * (1 - self.fallen(progress))
-        return torch.where(torch.rand(B, 1, device=device) < share, random, place)
+        return torch.where(torch.rand(B, 1, device=place.device) < share, random, place)
 
     def loss(self, x, groups=None):
-        """What training minimises for x (B, seq_len), in groups of one token each, by default in
-        random order: A3's loss in nats per token, and beside it the squared error of (2). The
-        network gets no gradient from the rules, nor the rules from it."""
+        """What training minimises for x (B, seq_len), in groups of one token each, by default
+        in random order: A3's loss in nats per token, and beside it the squared error of (2).
+        The network gets no gradient from the rules, nor the rules from it."""
         self.check(x, groups)
         L = self.config.seq_len
         need(x.shape[1] == L, f"a planned order is for all {L} tokens of a window")
         groups = a3.random_groups(*x.shape, device=x.device) if groups is None else groups
         token_nll = -self.log_prob(x, groups, single=True)
+        nelbo = token_nll.mean()
+
+        # In float32 also where the network is in bfloat16: the search is by the same numbers.
         with torch.autocast(x.device.type, enabled=False):
             error = (self.rules(groups) - token_nll.detach()).square().mean()
-        nelbo = token_nll.mean()
         return nelbo + error, {"nelbo": nelbo.detach(), "rules": error.detach()}
 
     @torch.no_grad()
     def nelbo(self, x, n_draws=1, order="learned", size=1, generator=None):
-        """An unbiased estimate (B,) of the bound (5) on -log p(x), in nats per text: the mean of
-        n_draws orders. When all orders are the same, it is exact. "left" and "random": see A3."""
+        """An unbiased estimate (B,) of the bound (5) on -log p(x), in nats per text: the mean
+        of n_draws orders. When all orders are the same, it is exact. "left" and "random": see
+        A3."""
         if order != "learned":
             return super().nelbo(x, n_draws, order, size, generator)
         need(size == 1, f"a learned order has groups of one token, not of {size}")
@@ -331,10 +349,12 @@ class Planned(a3.A3):
         return -sum(self.log_prob(x, place, single=True).sum(1) for place in draws) / n_draws
 
     def draw_places(self, B, L, generator=None):
-        """The numbers (B, L) at which the first L positions come, in an order for each text."""
+        """The numbers (B, L) at which the first L positions come, in an order for each
+        text."""
         device = self.orders.device
         chosen = torch.randint(len(self.orders), (B,), generator=generator, device=device)
-        return self.orders[chosen].argsort(1)[:, :L].argsort(1).argsort(1)
+        place = self.orders[chosen].argsort(1)[:, :L]
+        return place.argsort(1).argsort(1)  # without the numbers of those beyond L
 
     def order_log_weights(self, x):
         """Numbers (B, L) that fall along the best order."""
@@ -343,8 +363,8 @@ class Planned(a3.A3):
         return -place.to(self.wte.weight.dtype).expand(x.shape)
 
     def sample(self, z, temperature=1.0, top_k=None, per_step=1, by="order", **how):
-        """As A3.sample(), and by "order", one of the orders found. Given tokens are read first, in
-        the same order. With nothing given and one per_step, this draws from p(x)."""
+        """As A3.sample(), and by "order", one of the orders found. Given tokens are read
+        first, in the same order. With nothing given and one per_step, this draws from p(x)."""
         if by != "order":
             return super().sample(z, temperature, top_k, per_step, by, **how)
         self.check(z)
@@ -354,23 +374,27 @@ class Planned(a3.A3):
         return x, revealed_at.clamp(min=-1)
 
     def draw_groups(self, z, per_step=1, generator=None):
-        """Groups (B, L) of per_step tokens for the mask_id positions of z (B, L), in one of the
-        orders. Given tokens keep that order among themselves, by negative numbers."""
+        """Groups (B, L) of per_step tokens for the mask_id positions of z (B, L), in one of
+        the orders. Given tokens keep that order among themselves, by negative numbers."""
         L = z.shape[1]
         place = self.draw_places(*z.shape, generator)
         is_open = z == self.mask_id
-        place = torch.where(is_open, place + L, place).argsort(1).argsort(1)  # given first
-        n_given = (~is_open).sum(1, keepdim=True)
-        return torch.where(is_open, (place - n_given) // per_step, place - L)
+
+        # Of the open ones, which come in the same order: 0, 1, ..
+        turn = place.masked_fill(~is_open, L).argsort(1).argsort(1)
+        return torch.where(is_open, turn // per_step, place - L)
 
     def load_arm(self, state_dict):
-        """As A3.load_arm(). The rules and the orders stay as they are: A3 refuses missing names, so
-        it gets ours back."""
-        mine = {k: v for k, v in self.state_dict().items() if k.startswith(("rules.", "orders"))}
+        """As A3.load_arm(). The rules and the orders stay as they are: A3 refuses missing
+        names, so it gets ours back."""
+        ours = "rules.", "orders"
+        mine = {name: p for name, p in self.state_dict().items() if name.startswith(ours)}
         super().load_arm({**state_dict, **mine})
 
     def parameter_groups(self):
-        """What an optimiser should know about the rules. There is no weight decay. starts_after:
-        train_step() of train_char.py trains them from this share of the steps on, and leaves groups
-        that have it out of the clipping, as the network's gradients would become smaller."""
-        return [{"params": list(self.rules.parameters()), "weight_decay": 0.0, "starts_after": 0.0}]
+        """What an optimiser should know about the rules. There is no weight decay.
+        starts_after: train_step() of train_char.py trains them from this share of the steps
+        on, and leaves groups that have it out of the clipping, as the network's gradients
+        would become smaller."""
+        params = list(self.rules.parameters())
+        return [{"params": params, "weight_decay": 0.0, "starts_after": 0.0}]

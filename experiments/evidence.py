@@ -99,7 +99,10 @@ def next_cost(model, x, g, k):
     if isinstance(model, loa3.LoA3):
         return sum(model.order_terms(x, g))[:, k]
     if isinstance(model, a3.A3):
-        groups = a3.random_groups(*x.shape, 1, g, x.device)
+        if isinstance(model, planned.Planned):
+            groups = model.draw_places(*x.shape, g)
+        else:
+            groups = a3.random_groups(*x.shape, 1, g, x.device)
         return -(model.log_prob(x, groups) * (groups == k)).sum(1)
 
     recon, order = draw_terms(model, x, torch.full_like(x[:, :1], k), g)

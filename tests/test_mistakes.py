@@ -183,7 +183,7 @@ error: --infill needs a gap: one _ for each token to fill in
 $ sample --infill 'to be, or not to _'                  # a text longer than the window
 error: the text has 18 tokens, the model's window 16
 $ sample --drafts 2                                     # a flag for another model
-error: --drafts is for a3 and loa3, not lomdm
+error: --drafts is for models on two streams, such as a3, not lomdm
 $ sample --out_dir a3 --by order                        # an order that was never learned
 error: --by order: a3 has not learned one
 $ sample --per_step 17                                  # more than there is to fill
